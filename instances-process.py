@@ -1,0 +1,329 @@
+#!/usr/bin/env python3
+"""Make the files that follow from the registry of instances: run by a systemd unit or cron.
+
+They are a hosts file for dnsmasq, chains for nftables that hold instances on a bridge to their addresses, and
+sets of addresses for firewall rules. Without an update it ends at once, so most imports wait until needed.
+"""
+
+import os
+import sys
+from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton  # the module socket takes 6 ms to import
+
+USAGE = """\
+usage: instances-process.py [-h] [-f | --force]
+
+Where instances-update.py left its marker, or with --force: make BASE.hosts, BASE.nftables_chains and
+BASE.nftables_sets of BASE.json. BASE is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID], by default
+/var/lib/misc/instances. INSTANCES_ADDRESS_SETS lists names that get address sets (host), and
+INSTANCES_HOSTS_DOMAIN the domains of host names (.instance.internal), with commas between them.
+Exit status: 0 done, 10 no marker so nothing to do, 1 error and the marker left, 2 wrong usage."""
+
+KEYS = {  # of the sets that the chains look senders up in
+    "ip": "typeof ip saddr . ether saddr\n    counter",
+    "ip6": "typeof ip6 saddr . ether saddr\n    counter",
+    # an advertisement's target, RFC 4861, section 4.4, wherever extension headers put it
+    "ndp": "typeof @th,64,128 . ether saddr\n    counter",
+    "lla": "type ipv6_addr",
+}
+CHAINS = """\
+# Use: ether type arp jump instances_drop_arp
+chain instances_drop_arp {
+    arp saddr ip . ether saddr @instances_ip return
+    counter drop comment "lockdown"
+}
+# Use: ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
+chain instances_drop_ndp {
+    @th,64,128 . ether saddr @instances_ndp return
+    counter drop comment "lockdown"
+}
+# Use: ether type ip jump instances_drop_ip
+chain instances_drop_ip {
+    ip saddr . ether saddr @instances_ip return
+    ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 return
+    counter drop comment "lockdown"
+}
+# Use: ether type ip6 jump instances_drop_ip6
+chain instances_drop_ip6 {
+    ip6 saddr . ether saddr @instances_ip6 return
+    ip6 saddr @instances_lla counter drop comment "lockdown"
+    ip6 saddr :: icmpv6 type {
+        nd-neighbor-solicit, nd-router-solicit, mld-listener-report, mld2-listener-report
+    } return
+    ip6 saddr fe80::/10 icmpv6 type {
+        nd-router-solicit, mld-listener-report, mld-listener-done, mld2-listener-report
+    } return
+    ip6 saddr fe80::/10 ip6 daddr ff02::1:2 udp sport 546 udp dport 547 return
+    counter drop comment "lockdown"
+}
+# Use: jump instances_drop_rogue
+chain instances_drop_rogue {
+    icmpv6 type { nd-router-advert, nd-redirect } counter drop comment "lockdown"
+    udp sport { 67, 547 } counter drop comment "lockdown"
+}
+"""
+SETS = {
+    "v4": ["ipv4"],
+    "v6": ["ipv6_gua", "ipv6_ula"],
+    "g6": ["ipv6_gua"],
+    "u6": ["ipv6_ula"],
+    "l6": ["ipv6_lla"],
+}
+FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains of the names that have them
+    "ipv4": ("", ".v4"),
+    "ipv6_gua": ("", ".v6", ".g6"),
+    "ipv6_ula": ("", ".v6", ".u6"),
+    "ipv6_lla": (".l6",),
+}
+
+
+# ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
+def say(message: str, descriptor: int = 2) -> None:
+    """Write one line, on standard error unless told otherwise, with all but printable ASCII escaped."""
+    line = "".join(
+        c if " " <= c <= "~" else ascii(c)[1:-1] for c in f"{os.path.basename(__file__)}: {message}"
+    )
+    try:
+        os.write(descriptor, f"{line}\n".encode())
+    except OSError:  # what is done is done, whether or not anybody reads of it
+        pass
+
+
+def base_path() -> str:
+    """Return the path that every file's name begins with. ValueError if INSTANCES_BASE_ID is bad."""
+    path = os.environ.get("INSTANCES_BASE_PATH") or "/var/lib/misc/instances"
+    suffix = os.environ.get("INSTANCES_BASE_ID") or ""
+    if suffix[:1] in ("_", "-", ".") or not all(c.isascii() and c.isalnum() or c in "_-." for c in suffix):
+        raise ValueError(f"INSTANCES_BASE_ID={suffix}: use letters, digits, _ - ., the first no _ - .")
+    return f"{path}-{suffix}" if suffix else path
+
+
+def is_mac(text: str) -> bool:
+    """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
+    digits = set(text[::3] + text[1::3])
+    return len(text) == 17 and text[2::3] == ":::::" and digits <= set("0123456789abcdef")
+
+
+def is_name(text: str) -> bool:
+    """Tell whether this is a label of RFC 1035, section 2.3.1: Incus's rule for names too."""
+    plain = text.replace("-", "")
+    return plain.isascii() and plain.isalnum() and text[0].isalpha() and text[-1] != "-" and len(text) < 64
+
+
+def parse_address(text: str) -> tuple[str, str, bytes]:
+    """Return an address's field ("" if its kind has none), RFC 5952 form and bytes, or raise ValueError."""
+    try:
+        if ":" not in text:
+            return "ipv4", text, inet_pton(AF_INET, text)
+        packed = inet_pton(AF_INET6, text)
+    except (OSError, TypeError, ValueError):
+        raise ValueError(f"{text}: not an IP address") from None
+    field = ""  # the ranges are written out, for those of the module ipaddress change with Python
+    if b"\xfe\x80" <= packed < b"\xfe\xc0":  # fe80::/10, RFC 4291, section 2.5.6
+        field = "ipv6_lla"
+    elif b"\xfc" <= packed < b"\xfe":  # fc00::/7, RFC 4193, section 3.1
+        field = "ipv6_ula"
+    elif packed.startswith(b"\x20\x01\x0d\xb8") or b"\x3f\xff" <= packed < b"\x3f\xff\x10":
+        pass  # documentation: 2001:db8::/32, RFC 3849, and 3fff::/20, RFC 9637
+    elif b"\x20" <= packed < b"\x40":  # 2000::/3, RFC 4291, section 2.4
+        field = "ipv6_gua"
+    return field, inet_ntop(AF_INET6, packed), packed
+
+
+def locked(base: str):
+    """Take the registry's lock, to be held in a with statement. ValueError if it is not free for 10 s."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError:
+        how = "apt-get install python3-filelock, or pip install filelock"
+        raise ValueError(f"{sys.executable} has no filelock: {how}") from None
+    os.stat(os.path.dirname(base) or ".")  # newer releases of filelock would make the directory
+    try:
+        return FileLock(base + ".lock", timeout=10).acquire()
+    except Timeout:
+        raise ValueError(f"{base}.lock: held by another process for 10 s: try again") from None
+
+
+def read_registry(path: str) -> dict[str, dict]:
+    """Return the registry, empty where there is no file. ValueError if it is not an object of objects."""
+    import json
+
+    try:
+        with open(path, "rb") as file:
+            registry = json.loads(file.read())
+        if not isinstance(registry, dict) or not all(isinstance(i, dict) for i in registry.values()):
+            raise ValueError("no JSON object of objects")
+        return registry
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: mend it or move it away: {error}") from None
+
+
+def replace_file(path: str, text: str) -> None:
+    """Replace a file as a whole: at any time it is the old one or the new one. On return it is on disk.
+
+    Mode and owner are kept, a symbolic link stays, and a failure up to the rename leaves the old file.
+    """
+    path = os.path.realpath(path)
+    temporary = path + ".tmp"
+    if os.path.lexists(temporary):  # of a run that was killed
+        os.unlink(temporary)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    file = open(temporary, "x", encoding="ascii")  # x follows no link
+    try:
+        with file:
+            if os.path.exists(path):
+                old = os.stat(path)
+                os.fchown(file.fileno(), old.st_uid, old.st_gid)
+                os.fchmod(file.fileno(), old.st_mode & 0o7777)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, path)
+    except OSError as error:
+        os.unlink(temporary)
+        raise OSError(error.errno, error.strerror, path) from None
+    os.fsync(directory)
+    os.close(directory)
+
+
+def run(main) -> int:
+    """Return main's exit status; an error becomes one line and the status 1."""
+    os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
+    try:
+        return main(sys.argv[1:])
+    except (OSError, ValueError, RecursionError, KeyboardInterrupt) as error:
+        say(f"error: {str(error) or 'interrupted'}")
+        return 1
+
+
+# ---- End of the shared lines ----
+
+
+def is_domain(text: str) -> bool:
+    """Tell whether this is a domain, its labels as in RFC 1123, section 2.1, with a dot before each."""
+    longest = 253 - 63 - len(".v4")  # RFC 1035, section 2.3.4: 255 octets, less a name before it
+    first, *labels = text.split(".")
+    valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)
+    return first == "" and bool(labels) and valid and text.isascii() and len(text) <= longest
+
+
+def listed(variable: str, default: str, is_valid) -> list[str]:
+    """Return the valid items of an environment variable's list, each once; warn of the others."""
+    items = dict.fromkeys(item.strip() for item in (os.environ.get(variable) or default).split(","))
+    for item in items:
+        if not is_valid(item):
+            say(f"warning: {variable}: '{item}' is left out, it is not valid")
+    return [item for item in items if is_valid(item)]
+
+
+def read_addresses(registry: dict) -> tuple[list[tuple[str, str, str, str, bytes]], list[str]]:
+    """Return (MAC address, name, field, address, bytes) of each valid address, and warnings of the rest."""
+    addresses, warnings = [], []
+    for mac, instance in registry.items():
+        if not is_mac(mac):
+            warnings.append(f"{mac}: left out, it is no MAC address in lower case")
+            continue
+        name = instance.get("name", "")
+        if name != "" and not (isinstance(name, str) and is_name(name)):
+            warnings.append(f"{mac}: name {name} left out, it is not valid")
+            name = ""
+        for field in FIELDS:
+            if field in instance:
+                try:
+                    kind, address, packed = parse_address(instance[field])
+                except ValueError:
+                    kind = address = ""
+                if (kind, address) == (field, instance[field]):
+                    addresses.append((mac, name, field, address, packed))
+                else:
+                    warnings.append(f"{mac}: {field} {instance[field]} left out, no {field} in RFC 5952 form")
+    return addresses, warnings
+
+
+def hosts_text(addresses: list, domains: list[str]) -> str:
+    """Return the hosts file: for each domain, a line for each address of a named instance."""
+    lines = []
+    for domain in domains:
+        ends = {field: [f"{sub}{domain} " for sub in subs] for field, subs in FIELDS.items()}
+        lines += [
+            f"{address} {name}{name.join(ends[field])}" for _, name, field, address, _ in addresses if name
+        ]
+    return "".join(line[:-1] + "\n" for line in lines)
+
+
+def set_text(name: str, declaration: str, elements: list[str], space: str) -> str:
+    """Return a set of nftables, with space before each of its elements."""
+    text = f"    elements = {{{space}{f',{space}'.join(elements)},{space}}}\n" if elements else ""
+    return f"set {name} {{\n    {declaration}\n{text}}}\n"
+
+
+def sets_text(addresses: list, names: list[str]) -> str:
+    """Return five sets of the addresses of all instances, and five for each of the names."""
+    groups = {"all_": addresses}
+    for name in names:
+        groups[name.replace("-", "_") + "."] = [row for row in addresses if row[1].lower() == name.lower()]
+    texts = []
+    for prefix, rows in groups.items():
+        for suffix, fields in SETS.items():
+            declaration = "type ipv4_addr" if suffix == "v4" else "type ipv6_addr"
+            elements = [address for _, _, field, address, _ in rows if field in fields]
+            texts.append(f"# Use: @{prefix}{suffix}.instance\n")
+            texts.append(set_text(f"{prefix}{suffix}.instance", declaration, elements, " "))
+    return "".join(texts)
+
+
+def chains_text(addresses: list) -> str:
+    """Return the chains, behind the sets in which they look up who may send from an address."""
+    sets = {"ip": [], "ip6": [], "ndp": [], "lla": []}
+    for mac, name, field, address, packed in addresses:
+        owner = f'{mac} comment "{name}"' if name else mac
+        if field == "ipv4":
+            sets["ip"].append(f"{address} . {owner}")
+        else:
+            sets["ip6"].append(f"{address} . {owner}")
+            sets["ndp"].append(f"0x{packed.hex()} . {owner}")
+        if field == "ipv6_lla":
+            sets["lla"].append(address)
+    return "".join(set_text(f"instances_{key}", KEYS[key], sets[key], "\n        ") for key in sets) + CHAINS
+
+
+def main(arguments: list[str]) -> int:
+    """Make the files; return the exit status."""
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
+    if arguments not in ([], ["-f"], ["--force"]):
+        print(USAGE, file=sys.stderr)
+        return 2
+    base = base_path()
+    marker = base + ".updated"
+    if not arguments and not os.path.lexists(marker):
+        return 10
+    names = listed("INSTANCES_ADDRESS_SETS", "host", is_name)
+    domains = listed("INSTANCES_HOSTS_DOMAIN", ".instance.internal", is_domain)
+    with locked(base):
+        registry = read_registry(base + ".json")
+        addresses, warnings = read_addresses(registry)
+        hosts, chains, sets = (
+            hosts_text(addresses, domains),
+            chains_text(addresses),
+            sets_text(addresses, names),
+        )
+        replace_file(base + ".hosts", hosts)
+        replace_file(base + ".nftables_chains", chains)
+        replace_file(base + ".nftables_sets", sets)
+        if os.path.lexists(marker):
+            os.unlink(marker)  # last: a run that does not come so far is done again
+    for warning in warnings:
+        say(f"warning: {warning}")
+    elements = sum(2 - (field == "ipv4") for _, _, field, _, _ in addresses)
+    say(
+        f"{len(registry)} instances, {hosts.count(chr(10))} host addresses, "
+        f"{elements} set elements in the chains, {sets.count('# Use')} address sets"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

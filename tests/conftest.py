@@ -1,0 +1,62 @@
+"""What the tests share: the two scripts as modules, and a host with a bridge in namespaces."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+from lab import PROCESS, UPDATE, Host
+
+hypothesis.settings.register_profile("here", database=None, deadline=None)
+hypothesis.settings.load_profile("here")
+
+PROGRAMS = ("dnsmasq", "nft", "ip", "udhcpc", "dhclient", "dig", "ping", "strace")
+
+
+def load(script: Path):
+    """Return a script as a module; its main is not run."""
+    spec = importlib.util.spec_from_file_location(script.stem.replace("-", "_"), script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def update():
+    """instances-update.py as a module."""
+    return load(UPDATE)
+
+
+@pytest.fixture(scope="session")
+def process():
+    """instances-process.py as a module."""
+    return load(PROCESS)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The path that the scripts' files begin with."""
+    return tmp_path / "instances"
+
+
+def need(*programs: str) -> None:
+    """Skip the test where root or a program is missing; with CI=true, fail."""
+    missing = [
+        program
+        for program in programs
+        if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    ]
+    missing += ["root"] if os.geteuid() else []
+    if missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {', '.join(missing)}")
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A host with the bridge br0."""
+    need(*PROGRAMS)
+    host = Host(tmp_path)
+    yield host
+    host.close()

@@ -1,0 +1,266 @@
+"""A host with a bridge, and clients on it, in network namespaces: nothing outside of them is touched."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TOP = Path(__file__).parent.parent
+UPDATE = TOP / "instances-update.py"
+PROCESS = TOP / "instances-process.py"
+DOMAIN = "instance.internal"
+HOST_MAC = "10:66:6a:4c:a1:fe"
+BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
+_numbers = itertools.count()
+
+CHAINS_TABLE = """\
+table bridge instances
+delete table bridge instances
+table bridge instances {
+    include "%s"
+    chain drops {
+        ether type arp jump instances_drop_arp
+        ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
+        ether type ip jump instances_drop_ip
+        ether type ip6 jump instances_drop_ip6
+        jump instances_drop_rogue
+    }
+    chain input { type filter hook input priority 0; jump drops; }
+    chain forward { type filter hook forward priority 0; jump drops; }
+}
+"""
+
+# What both DHCP clients run, each with variables of its own, to take an address and to tell that it did.
+CLIENT_SCRIPT = """\
+#!/bin/sh
+set -eu
+case "${1-}${reason-}" in
+bound | renew) ip address replace "$ip/24" dev "$interface" ;;
+BOUND6 | RENEW6 | REBIND6) ip address replace "$new_ip6_address/$new_ip6_prefixlen" dev "$interface" nodad ;;
+esac
+echo "${1-}${reason-} ${ip-}${new_ip6_address-}" >> "$0.log"
+"""
+
+
+def wait_for(condition, what: str, seconds: float = 30):
+    """Return the condition's first true value; AssertionError when the deadline has passed without one."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def environment(base: Path, **variables: str) -> dict[str, str]:
+    """Return the environment for a script with its files at base, run by this Python."""
+    path = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"PATH": path, "INSTANCES_BASE_PATH": str(base)} | variables
+
+
+def run_script(script: Path, *arguments: str, base: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run one of the two scripts as a user would; return its status and output."""
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, env=environment(base, **variables), capture_output=True, text=True)
+
+
+class Namespace:
+    """A network namespace and the processes started in it."""
+
+    def __init__(self, label: str):
+        self.name = f"inst{os.getpid()}-{next(_numbers)}-{label}"
+        self.processes: list[subprocess.Popen] = []
+        subprocess.run(["ip", "netns", "add", self.name], check=True)
+        self.run("ip", "link", "set", "lo", "up")
+
+    def command(self, *arguments) -> list[str]:
+        """Return the command that runs these arguments in the namespace."""
+        return ["ip", "netns", "exec", self.name, *map(str, arguments)]
+
+    def run(self, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
+        """Run a command to its end; an AssertionError shows the output of one that failed."""
+        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, **options)
+        assert not check or result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
+        return result
+
+    def start(self, *arguments, **options) -> subprocess.Popen:
+        """Start a command that is ended with the namespace."""
+        self.processes.append(subprocess.Popen(self.command(*arguments), **options))
+        return self.processes[-1]
+
+    def stop(self, process: subprocess.Popen, number: int = signal.SIGTERM) -> None:
+        """End one of the started processes."""
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+        process.wait(10)
+        self.processes.remove(process)
+
+    def close(self) -> None:
+        """End the processes and take the namespace away."""
+        for process in list(self.processes):
+            self.stop(process, signal.SIGKILL)
+        subprocess.run(["ip", "netns", "delete", self.name], check=True)
+
+
+class Client(Namespace):
+    """A namespace with an interface eth0 on a host's bridge, as a container has it."""
+
+    def __init__(self, host: "Host", label: str, mac: str):
+        super().__init__(label)
+        self.host, self.mac, self.port = host, mac, f"veth{len(host.clients)}"
+        self.folder = host.folder / self.name
+        self.folder.mkdir()
+        self.script = self.folder / "client-script"
+        self.script.write_text(CLIENT_SCRIPT)
+        self.script.chmod(0o755)
+        peer = ["type", "veth", "peer", "name", "eth0", "address", mac, "netns", self.name]
+        host.run("ip", "link", "add", self.port, *peer)
+        host.run("ip", "link", "set", self.port, "master", "br0", "up")
+        self.run("ip", "link", "set", "eth0", "up")
+        wait_for(lambda: self.addresses("fe80:"), f"link-local address of {label}")
+
+    def addresses(self, prefix: str = "") -> list[str]:
+        """Return the interface's addresses that are in use and begin so."""
+        entries = json.loads(self.run("ip", "-json", "address", "show", "dev", "eth0").stdout)[0]["addr_info"]
+        return [e["local"] for e in entries if e["local"].startswith(prefix) and not e.get("tentative")]
+
+    def dhcp4(self, hostname: str = "") -> subprocess.Popen:
+        """Start udhcpc, and return it when it has a lease."""
+        options = ["-x", f"hostname:{hostname}"] if hostname else []
+        command = ["udhcpc", "-f", "-i", "eth0", "-s", self.script, "-t", "10", "-T", "1", *options]
+        return self._leased(command, ("bound",))
+
+    def dhcp6(self, hostname: str = "") -> subprocess.Popen:
+        """Start dhclient for DHCPv6, and return it when it has both leases."""
+        config = self.folder / "dhclient.conf"
+        config.write_text(f'send fqdn.fqdn "{hostname}";\n' if hostname else "")
+        files = [
+            "-cf",
+            config,
+            "-lf",
+            self.folder / "leases6",
+            "-pf",
+            self.folder / "pid6",
+            "-sf",
+            self.script,
+        ]
+        return self._leased(["dhclient", "-6", "-d", *files, "eth0"], ("BOUND6 2001", "BOUND6 fd83"))
+
+    def _leased(self, command: list, events: tuple) -> subprocess.Popen:
+        log = Path(f"{self.script}.log")
+        log.unlink(missing_ok=True)
+        process = self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(
+            lambda: log.exists() and all(e in log.read_text() for e in events), f"{command[0]} in {self.name}"
+        )
+        leased = {line.split()[1] for line in log.read_text().splitlines() if line.startswith(events)}
+        wait_for(
+            lambda: leased <= set(self.host.registry().get(self.mac, {}).values()), f"{leased} registered"
+        )
+        return process
+
+    def pings(self, address: str) -> bool:
+        """Tell whether an address answers."""
+        return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
+
+    def resolve(self, name: str, kind: str) -> list[str]:
+        """Return the addresses that dnsmasq tells this client for a name."""
+        return self.run("dig", "+short", "+timeout=2", "@10.83.0.1", name, kind).stdout.split()
+
+
+class Host(Namespace):
+    """A host with the bridge br0, a dnsmasq that runs our script, and our files in a folder."""
+
+    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES):
+        super().__init__("host")
+        self.folder, self.base, self.dnsmasq = folder, folder / "instances", None
+        self.clients: list[Client] = []
+        (folder / "hosts.d").mkdir()
+        self.run("ip", "link", "add", "br0", "address", HOST_MAC, "type", "bridge")
+        self.run("ip", "link", "set", "br0", "up")
+        for address in addresses:
+            self.run("ip", "address", "add", address, "dev", "br0", "nodad")
+
+    def client(self, label: str, mac: str) -> Client:
+        """Add a client to the bridge."""
+        self.clients.append(Client(self, label, mac))
+        return self.clients[-1]
+
+    def start_dnsmasq(self) -> None:
+        """Start the bridge's dnsmasq, and return when it answers."""
+        ranges = (
+            "10.83.0.100,10.83.0.199",
+            "2001:67c:83::100,2001:67c:83::1ff,80",
+            "fd83:5eed::100,fd83:5eed::1ff,80",
+        )
+        options = [
+            "--conf-file=/dev/null",
+            "--keep-in-foreground",
+            "--user=root",
+            "--interface=br0",
+            "--bind-interfaces",
+        ]
+        options += [
+            "--no-hosts",
+            "--no-resolv",
+            "--no-poll",
+            "--pid-file",
+            "--log-facility=-",
+            f"--domain={DOMAIN}",
+        ]
+        options += [f"--dhcp-range={r},120" for r in ranges] + [
+            "--enable-ra",
+            "--script-on-renewal",
+            "--log-dhcp",
+        ]
+        options += [f"--local=/{DOMAIN}/", f"--hostsdir={self.folder}/hosts.d", f"--dhcp-script={UPDATE}"]
+        options += [
+            f"--dhcp-leasefile={self.folder}/leases",
+            "--dhcp-authoritative",
+            "--dhcp-ignore-names=set:unnamed",
+        ]
+        with open(self.log, "a") as log:
+            self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
+        wait_for(lambda: "started, version" in self.log.read_text(), "dnsmasq")
+
+    @property
+    def log(self) -> Path:
+        """The file with dnsmasq's output, our script's messages among it."""
+        return self.folder / "dnsmasq.log"
+
+    def update(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        """Run instances-update.py on the host."""
+        return self.run(sys.executable, UPDATE, *arguments, env=environment(self.base, **variables))
+
+    def process(self) -> None:
+        """Do what the service does on an update: make the files, hand over the names, load the chains."""
+        self.run(sys.executable, PROCESS, env=environment(self.base, INSTANCES_ADDRESS_SETS="host,web"))
+        new = self.folder / "instances.hosts.new"
+        new.write_bytes(Path(f"{self.base}.hosts").read_bytes())
+        new.rename(self.folder / "hosts.d" / "instances.hosts")
+
+    def load_chains(self) -> None:
+        """Replace our table by the chains as they are now."""
+        self.run("nft", "-f", "-", input=CHAINS_TABLE % f"{self.base}.nftables_chains")
+
+    def registry(self) -> dict:
+        """Return the registry."""
+        return json.loads(Path(f"{self.base}.json").read_text())
+
+    def dropped(self, chain: str) -> int:
+        """Return how many frames one of our chains has dropped."""
+        listing = json.loads(self.run("nft", "-j", "list", "chain", "bridge", "instances", chain).stdout)
+        rules = [item["rule"]["expr"] for item in listing["nftables"] if "rule" in item]
+        return sum(
+            e["counter"]["packets"] for r in rules for e in r if "counter" in e and {"drop": None} in r
+        )
+
+    def close(self) -> None:
+        """Take the clients and the host away."""
+        for client in self.clients:
+            client.close()
+        super().close()

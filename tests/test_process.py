@@ -1,0 +1,196 @@
+"""instances-process.py: what it makes of a registry."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import need
+from lab import PROCESS, run_script
+
+MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
+OUTPUTS = (".hosts", ".nftables_chains", ".nftables_sets")
+
+
+def run(base, *arguments, **variables):
+    return run_script(PROCESS, *arguments, base=base, **variables)
+
+
+def prepare(base, registry):
+    base.with_suffix(".json").write_text(registry if isinstance(registry, str) else json.dumps(registry))
+    base.with_suffix(".updated").touch()
+
+
+def outputs(base):
+    return {
+        suffix: base.with_suffix(suffix).read_text()
+        for suffix in OUTPUTS
+        if base.with_suffix(suffix).exists()
+    }
+
+
+def sets_of(text):
+    """Return {name: elements} of a text of sets."""
+    parts = text.split("set ")[1:]
+    elements = (part.partition("elements = {")[2].partition("}")[0] for part in parts)
+    return {
+        part.split()[0]: [e.strip() for e in body.split(",") if e.strip()]
+        for part, body in zip(parts, elements)
+    }
+
+
+def check_nft(base):
+    """Have nft parse both outputs, in a namespace of its own."""
+    need("nft", "unshare")
+    chains, sets = f'include "{base}.nftables_chains"', f'include "{base}.nftables_sets"'
+    tables = f"table bridge b {{\n{chains}\n}}\ntable inet i {{\n{sets}\n}}\n"
+    command = ["unshare", "-n", "nft", "-c", "-f", "-"]
+    result = subprocess.run(command, input=tables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_marker_nothing_is_done(base):
+    base.with_suffix(".json").write_text("{}")
+    result = run(base)
+    assert (result.returncode, result.stdout, result.stderr, outputs(base)) == (10, "", "", {})
+
+
+@pytest.mark.parametrize("option", ["-f", "--force"])
+def test_force_works_without_a_marker(base, option):
+    assert run(base, option).returncode == 0 and len(outputs(base)) == 3
+
+
+def test_marker_is_taken_away_and_one_line_sums_up(base):
+    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1", "ipv6_ula": "fd00::1"}, OTHER: {"name": ""}})
+    result = run(base)
+    assert (result.returncode, result.stdout) == (0, "")
+    summary = "2 instances, 2 host addresses, 3 set elements in the chains, 10 address sets"
+    assert result.stderr == f"instances-process.py: {summary}\n"
+    assert run(base).returncode == 10
+
+
+def test_missing_registry_counts_as_empty(base):
+    base.with_suffix(".updated").touch()
+    assert run(base).returncode == 0 and outputs(base)[".hosts"] == ""
+    check_nft(base)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"x": 1}', "", '{"a": {"name"', "[" * 100000])
+def test_broken_registry_leaves_outputs_and_marker(base, text):
+    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
+    run(base)
+    before = outputs(base)
+    prepare(base, text)
+    result = run(base)
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.count("\n") == 1
+    assert (
+        f"{base}.json" in result.stderr and outputs(base) == before and base.with_suffix(".updated").exists()
+    )
+
+
+def test_registry_that_is_a_directory_is_an_error(base):
+    base.with_suffix(".updated").touch()
+    base.with_suffix(".json").mkdir()
+    result = run(base)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and base.with_suffix(".updated").exists()
+
+
+@pytest.mark.parametrize("arguments", [("-x",), ("-f", "-f"), ("web",), ("--forc",)])
+def test_wrong_usage_exits_2(base, arguments):
+    result = run(base, *arguments)
+    assert (result.returncode, result.stdout) == (2, "") and "usage:" in result.stderr
+
+
+@pytest.mark.parametrize("argument", ["-h", "--help"])
+def test_help_is_on_standard_output(base, argument):
+    result = run(base, argument)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("usage:")
+
+
+def test_bad_base_id_is_an_error_and_not_10(base):
+    result = run(base, INSTANCES_BASE_ID="../x")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+
+
+def test_listed_name_with_hyphens_in_any_case_is_filled(base):
+    prepare(
+        base, {MAC: {"name": "build-runner", "ipv4": "10.0.0.1"}, OTHER: {"name": "Web", "ipv4": "10.0.0.2"}}
+    )
+    run(base, INSTANCES_ADDRESS_SETS="build-runner, WEB")
+    sets = sets_of(outputs(base)[".nftables_sets"])
+    assert sets["build_runner.v4.instance"] == ["10.0.0.1"] and sets["WEB.v4.instance"] == ["10.0.0.2"]
+    check_nft(base)
+
+
+def test_bad_set_names_and_domains_are_left_out_with_a_warning(base):
+    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
+    names, domains = "x y,web,3cx,web,}", "a.b,.ok.example,.bad..dots,.-x,.x-,." + "a." * 100 + "b,.3.ok"
+    result = run(base, INSTANCES_ADDRESS_SETS=names, INSTANCES_HOSTS_DOMAIN=domains)
+    assert result.returncode == 0
+    assert result.stderr.count("warning: INSTANCES_ADDRESS_SETS") == 3
+    assert result.stderr.count("warning: INSTANCES_HOSTS_DOMAIN") == 5
+    assert [name for name in sets_of(outputs(base)[".nftables_sets"]) if "v4" in name] == [
+        "all_v4.instance",
+        "web.v4.instance",
+    ]
+    assert (
+        outputs(base)[".hosts"]
+        == "10.0.0.1 web.ok.example web.v4.ok.example\n10.0.0.1 web.3.ok web.v4.3.ok\n"
+    )
+
+
+def test_empty_lists_take_their_defaults(base):
+    prepare(base, {MAC: {"name": "host", "ipv4": "10.0.0.1"}})
+    run(base, INSTANCES_ADDRESS_SETS="", INSTANCES_HOSTS_DOMAIN="", INSTANCES_BASE_ID="")
+    assert outputs(base)[".hosts"] == "10.0.0.1 host.instance.internal host.v4.instance.internal\n"
+    assert sets_of(outputs(base)[".nftables_sets"])["host.v4.instance"] == ["10.0.0.1"]
+
+
+HOSTILE = 'x" }\n}\ninclude "/etc/passwd"\nadd rule # {'
+
+
+@pytest.mark.parametrize(
+    ("registry", "left_out"),
+    [
+        ({MAC: {"name": HOSTILE, "ipv4": "10.0.0.1"}}, "name"),
+        ({MAC: {"name": ["web"], "ipv4": "10.0.0.1"}}, "name"),
+        ({MAC: {"name": None, "ipv4": "10.0.0.1"}}, "name"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_ula": HOSTILE}}, "ipv6_ula"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_ula": "2001:67c::1"}}, "ipv6_ula"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_ula": "FD00::1"}}, "ipv6_ula"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_ula": 5}}, "ipv6_ula"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_ula": ["fd00::1"]}}, "ipv6_ula"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_ula": ""}}, "ipv6_ula"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_gua": "2001:db8::1"}}, "ipv6_gua"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1", "ipv6_lla": "10.0.0.1"}}, "ipv6_lla"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1"}, HOSTILE: {"name": "web", "ipv4": "10.0.0.2"}}, "MAC"),
+        ({MAC: {"name": "", "ipv4": "10.0.0.1"}, MAC.upper(): {"name": "web", "ipv4": "10.0.0.2"}}, "MAC"),
+    ],
+)
+def test_invalid_entry_is_left_out_with_a_warning_and_reaches_no_output(base, registry, left_out):
+    prepare(base, registry)
+    result = run(base)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 0 and len(lines) == 2 and "warning" in lines[0] and left_out in lines[0]
+    texts = outputs(base)
+    assert texts[".hosts"] == "" and "include" not in "".join(texts.values())
+    sets = sets_of(texts[".nftables_sets"]) | sets_of(texts[".nftables_chains"].partition("chain")[0])
+    assert sets.pop("all_v4.instance") == ["10.0.0.1"] and sets.pop("instances_ip") == [f"10.0.0.1 . {MAC}"]
+    assert not any(sets.values())
+    check_nft(base)
+
+
+def test_same_address_and_name_twice_in_an_edited_registry_still_load(base):
+    prepare(base, {mac: {"name": "web", "ipv4": "10.0.0.1", "ipv6_lla": "fe80::1"} for mac in (MAC, OTHER)})
+    assert run(base, INSTANCES_ADDRESS_SETS="web").returncode == 0
+    check_nft(base)
+
+
+def test_outputs_keep_mode_owner_and_link(base):
+    prepare(base, {})
+    (base.parent / "far").touch()
+    (base.parent / "far").chmod(0o600)
+    base.with_suffix(".hosts").symlink_to("far")
+    assert run(base).returncode == 0
+    assert base.with_suffix(".hosts").is_symlink() and (base.parent / "far").stat().st_mode & 0o777 == 0o600
+    assert not [name for name in os.listdir(base.parent) if name.endswith(".tmp")]

@@ -1,0 +1,35 @@
+"""What holds of the files themselves."""
+
+from lab import PROCESS, TOP, UPDATE
+
+
+def shared_block(script):
+    lines = script.read_text().splitlines()
+    begin, end = (
+        next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
+        for word in ("Shared", "End")
+    )
+    return lines[begin : end + 1]
+
+
+def test_shared_block_is_the_same_in_both_scripts():
+    block = shared_block(UPDATE)
+    assert len(block) > 50 and block == shared_block(PROCESS)
+
+
+def test_top_level_holds_nothing_else():
+    names = {path.name for path in TOP.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "instances-update.py",
+        "instances-process.py",
+        "README.md",
+        "LICENSE",
+        "tests",
+        "examples",
+    }
+
+
+def test_scripts_are_executable_by_the_python3_on_the_path():
+    for script in (UPDATE, PROCESS):
+        assert script.stat().st_mode & 0o111 == 0o111
+        assert script.read_text().startswith("#!/usr/bin/env python3\n")

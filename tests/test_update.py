@@ -1,0 +1,451 @@
+"""instances-update.py: what each action does to the registry, and what it says."""
+
+import ipaddress
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+from conftest import need
+from hypothesis import given
+from hypothesis import strategies as st
+from lab import HOST_MAC, UPDATE, environment, run_script
+
+MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
+
+
+def run(base, *arguments, **variables):
+    return run_script(UPDATE, *arguments, base=base, **variables)
+
+
+def read(base):
+    return json.loads(base.with_suffix(".json").read_text())
+
+
+def write(base, registry):
+    base.with_suffix(".json").write_text(registry if isinstance(registry, str) else json.dumps(registry))
+
+
+def files(base):
+    return {path.name: path.read_bytes() for path in base.parent.iterdir() if path.is_file()}
+
+
+def test_new_lease_makes_instance_marker_and_one_line(base):
+    result = run(base, "add", MAC, "10.83.0.11", "web")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"instances-update.py: {MAC} web: new, ipv4 10.83.0.11\n"
+    assert read(base) == {MAC: {"name": "web", "ipv6_lla": "fe80::1266:6aff:fe4c:a111", "ipv4": "10.83.0.11"}}
+    assert base.with_suffix(".updated").exists()
+
+
+@pytest.mark.parametrize("action", ["add", "old"])
+def test_repeated_lease_changes_and_prints_nothing(base, action):
+    run(base, "add", MAC, "10.83.0.11", "web")
+    base.with_suffix(".updated").unlink()
+    before = files(base)
+    result = run(base, action, MAC, "10.83.0.11", "other")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert files(base) == before
+
+
+def test_registered_lease_is_recognised_while_the_lock_is_held(base):
+    run(base, "add", MAC, "10.83.0.11", "web")
+    holder = "import filelock as f, sys; l = f.FileLock(sys.argv[1]); l.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", holder, f"{base}.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert run(base, "old", MAC, "10.83.0.11", "web").returncode == 0
+        result = run(base, "old", MAC, "10.83.0.12", "web")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert result.stderr.count("\n") == 1 and f"{base}.lock" in result.stderr
+        process.communicate(b"\n")
+    assert read(base)[MAC]["ipv4"] == "10.83.0.11" and not os.path.exists(f"{base}.json.tmp")
+
+
+def test_ipv6_lease_is_registered_by_dnsmasq_mac(base):
+    duid = "00:01:00:01:2f:8a:5b:10:66:6a:4c:a1:11"
+    run(base, "add", duid, "2001:67c:83::11", "web", DNSMASQ_MAC=MAC.upper())
+    run(base, "add", duid, "fd83:5eed::11", "web", DNSMASQ_MAC=MAC)
+    assert list(read(base)) == [MAC]
+    assert read(base)[MAC]["ipv6_gua"] == "2001:67c:83::11" and read(base)[MAC]["ipv6_ula"] == "fd83:5eed::11"
+
+
+@pytest.mark.parametrize("variables", [{}, {"DNSMASQ_MAC": ""}])
+def test_ipv6_lease_without_mac_does_nothing(base, variables):
+    result = run(base, "old", "00:04:9c:11", "fd83:5eed::14", "mail", **variables)
+    assert (result.returncode, result.stdout, result.stderr, files(base)) == (0, "", "", {})
+
+
+@pytest.mark.parametrize(
+    "name", ["3cx", "my_host", "-x", "x-", "a" * 64, 'a"b', "a\nb", "a b", "a.b", "ä", "\udcff", "web\x1b[2J"]
+)
+def test_unusable_name_leaves_new_instance_unnamed(base, name):
+    result = run(base, "add", MAC, "10.83.0.11", name)
+    assert (
+        result.returncode == 0 and read(base)[MAC]["name"] == "" and read(base)[MAC]["ipv4"] == "10.83.0.11"
+    )
+    assert result.stderr.count("\n") == 1 and result.stderr.isascii() and result.stderr[:-1].isprintable()
+    assert "warning" in result.stderr and "name" in result.stderr
+
+
+def test_longest_name_is_taken_as_given(base):
+    run(base, "add", MAC, "10.83.0.11", "W" + "-1" * 31)
+    assert read(base)[MAC]["name"] == "W" + "-1" * 31
+
+
+def test_taken_name_in_other_case_leaves_new_instance_unnamed(base):
+    run(base, "add", MAC, "10.83.0.11", "web")
+    result = run(base, "add", OTHER, "10.83.0.12", "WEB")
+    assert (read(base)[MAC]["name"], read(base)[OTHER]["name"]) == ("web", "")
+    assert "WEB is taken" in result.stderr and result.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["web", ""])
+def test_name_of_known_instance_never_changes_by_lease(base, name):
+    run(base, "add", MAC, "10.83.0.11", name)
+    run(base, "add", MAC, "10.83.0.12", "other")
+    assert read(base)[MAC]["name"] == name and read(base)[MAC]["ipv4"] == "10.83.0.12"
+
+
+def test_address_that_moves_leaves_its_former_holder(base):
+    run(base, "add", MAC, "10.83.0.11", "web")
+    run(base, "add", OTHER, "10.83.0.11", "db")
+    assert "ipv4" not in read(base)[MAC] and read(base)[OTHER]["ipv4"] == "10.83.0.11"
+
+
+def test_address_that_two_hold_in_an_edited_registry_is_taken_from_the_other(base):
+    write(base, {MAC: {"name": "a", "ipv4": "10.0.0.1"}, OTHER: {"name": "b", "ipv4": "10.0.0.1"}})
+    run(base, "old", MAC, "10.0.0.1")
+    assert read(base) == {MAC: {"name": "a", "ipv4": "10.0.0.1"}, OTHER: {"name": "b"}}
+
+
+def test_documentation_address_makes_instance_without_address(base):
+    result = run(base, "add", "x", "2001:db8::1", "web", DNSMASQ_MAC="00:16:3e:00:00:01")
+    assert read(base) == {"00:16:3e:00:00:01": {"name": "web", "ipv6_lla": "fe80::216:3eff:fe00:1"}}
+    assert result.returncode == 0 and "2001:db8::1 is not registered" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "field"),
+    [
+        ("2000::", "ipv6_gua"),
+        ("3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "ipv6_gua"),
+        ("2001:db7:ffff::1", "ipv6_gua"),
+        ("2001:db9::1", "ipv6_gua"),
+        ("3fff:1000::1", "ipv6_gua"),
+        ("2001:db8:ffff::1", ""),
+        ("3fff:fff::1", ""),
+        ("1fff::1", ""),
+        ("4000::1", ""),
+        ("fbff::1", ""),
+        ("fc00::1", "ipv6_ula"),
+        ("fdff::1", "ipv6_ula"),
+        ("fe00::1", ""),
+        ("fe80::1", "ipv6_lla"),
+        ("febf::1", "ipv6_lla"),
+        ("fec0::1", ""),
+        ("::1", ""),
+        ("ff02::1", ""),
+        ("::ffff:10.0.0.1", ""),
+        ("10.0.0.1", "ipv4"),
+    ],
+)
+def test_field_of_an_address(update, address, field):
+    assert update.parse_address(address) == (field, address, ipaddress.ip_address(address).packed)
+
+
+@given(st.ip_addresses())
+def test_addresses_are_in_the_form_of_rfc_5952(update, address):
+    forms = {str(address), address.exploded, address.exploded.upper()}
+    texts = {update.parse_address(form)[1] for form in forms}
+    assert len(texts) == 1 and ipaddress.ip_address(texts.pop()) == address
+    if not (address.version == 6 and address.packed[:10] == bytes(10)):  # whose last 32 bits have two forms
+        assert update.parse_address(str(address))[1] == str(address)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("add", "06-01:23:45:67:89:ab", "10.0.0.1"),
+        ("add", "", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a1", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a1:1g", "10.0.0.1"),
+        ("add", "10-66-6a-4c-a1-11", "10.0.0.1"),
+        ("add", MAC, ""),
+        ("add", MAC, "10.0.0.256"),
+        ("add", MAC, "10.0.0.01"),
+        ("add", MAC, "10.0.0.1\n"),
+        ("add", MAC, "web"),
+        ("--rename", MAC, "3cx"),
+        ("--rename", MAC, "-x"),
+        ("--rename", MAC, ""),
+        ("--rename", "06-01:23:45:67:89:ab", "web"),
+        ("--remove", "web"),
+        ("--initialize", "$(reboot)", "host"),
+        ("--initialize", "-x", "host"),
+        ("--initialize", "", "host"),
+        ("--initialize", "lo", "host"),
+        ("--initialize", "lo", "my_host"),
+    ],
+)
+def test_bad_argument_is_one_line_and_changes_nothing(base, arguments):
+    need("ip")
+    write(base, {MAC: {"name": "web"}})
+    before = files(base)
+    result = run(base, *arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("instances-update.py: error: ")
+    assert files(base) == before
+
+
+@pytest.mark.parametrize("base_id", [".", "-a", "_a", "../x", "a/b", "a b", "ä", "a\n"])
+def test_bad_base_id_is_an_error(base, base_id):
+    result = run(base, "add", MAC, "10.0.0.1", INSTANCES_BASE_ID=base_id)
+    assert result.returncode == 1 and "INSTANCES_BASE_ID" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_base_id_follows_the_path_after_a_hyphen(base):
+    run(base, "add", MAC, "10.0.0.1", INSTANCES_BASE_ID="br0.1_a-b")
+    names = {"instances-br0.1_a-b.json", "instances-br0.1_a-b.updated", "instances-br0.1_a-b.lock"}
+    assert names - set(files(base)) <= {
+        "instances-br0.1_a-b.lock"
+    }  # which some releases of filelock take away
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("add",),
+        ("add", MAC),
+        ("--renam", MAC, "web"),
+        ("--rename", MAC),
+        ("--rename", MAC, "web", "x"),
+        ("--remove", MAC, "x"),
+        ("--initialize", "br0"),
+        ("-x",),
+        ("--",),
+    ],
+)
+def test_wrong_usage_exits_2(base, arguments):
+    result = run(base, *arguments)
+    assert (result.returncode, result.stdout) == (2, "") and "usage:" in result.stderr and not files(base)
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h", "help"])
+def test_help_is_on_standard_output(base, argument):
+    result = run(base, argument)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize(
+    "action", ["del", "init", "tftp", "arp-add", "arp-del", "relay-snoop", "new-one", ""]
+)
+@pytest.mark.parametrize("arguments", [(), (MAC, "10.0.0.1", "web")])
+def test_other_action_is_ignored_without_a_byte(base, action, arguments):
+    result = run(base, action, *arguments, INSTANCES_BASE_ID="/bad")
+    assert (result.returncode, result.stdout, result.stderr, files(base)) == (0, "", "", {})
+
+
+def test_rename_takes_the_name_from_any_other(base):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
+    result = run(base, "--rename", OTHER.upper(), "WEB")
+    assert result.returncode == 0 and result.stdout.count("\n") == 1
+    assert read(base) == {MAC: {"name": ""}, OTHER: {"name": "WEB"}}
+
+
+def test_remove_forgets_the_instance(base):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
+    result = run(base, "--remove", MAC.upper())
+    assert result.returncode == 0 and result.stdout.count("\n") == 1 and read(base) == {OTHER: {"name": "db"}}
+
+
+@pytest.mark.parametrize("arguments", [("--rename", OTHER, "db"), ("--remove", OTHER)])
+def test_unknown_mac_is_said_and_changes_nothing(base, arguments):
+    write(base, {MAC: {"name": "web"}})
+    result = run(base, *arguments)
+    assert (result.returncode, result.stdout) == (0, "") and OTHER in result.stderr
+    assert read(base) == {MAC: {"name": "web"}} and not base.with_suffix(".updated").exists()
+
+
+def test_rename_to_the_same_name_changes_nothing(base):
+    write(base, {MAC: {"name": "web"}})
+    result = run(base, "--rename", MAC, "web")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not base.with_suffix(".updated").exists()
+
+
+def test_unknown_fields_survive_every_rewrite(base):
+    unknown = {"note": "a } b {", "list": [1, {"x": None}], "ü": "\ud800"}
+    write(base, {MAC: {"name": "web", **unknown}})
+    for arguments in (("add", MAC, "10.0.0.1"), ("--rename", MAC, "db"), ("add", OTHER, "10.0.0.1")):
+        assert run(base, *arguments).returncode == 0
+        assert unknown.items() <= read(base)[MAC].items()
+
+
+BROKEN = [
+    "[]",
+    "null",
+    '{"x": 1}',
+    '{"x": []}',
+    "",
+    '{"10:66:6a:4c:a1:11": {"name"',
+    "[" * 100000,
+    "\udcff",
+    '{"a": {}} x',
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("arguments", [("add", MAC, "10.0.0.1"), ("--rename", MAC, "db"), ("--remove", MAC)])
+def test_broken_registry_is_an_error_and_left_alone(base, text, arguments):
+    base.with_suffix(".json").write_bytes(text.encode(errors="surrogateescape"))
+    before = files(base)
+    result = run(base, *arguments)
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.count("\n") == 1
+    assert f"{base}.json" in result.stderr
+    assert {k: v for k, v in files(base).items() if not k.endswith(".lock")} == before
+
+
+def test_registry_cut_at_any_place_is_never_taken_for_whole(base, update):
+    run(base, "add", MAC, "10.83.0.11", "web")
+    run(base, "add", OTHER, "10.83.0.12", "db")
+    text = base.with_suffix(".json").read_bytes()
+    assert update.is_registered(text, MAC, "ipv4", "10.83.0.11")
+    for end in range(len(text)):
+        assert not update.is_registered(text[:end], MAC, "ipv4", "10.83.0.11")
+
+
+def test_registry_that_is_a_directory_is_an_error(base):
+    base.with_suffix(".json").mkdir()
+    result = run(base, "add", MAC, "10.0.0.1")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and f"{base}.json" in result.stderr
+
+
+def test_unreadable_registry_is_an_error(base):
+    need()
+    base.with_suffix(".json").write_text("{}")
+    base.with_suffix(".json").chmod(0)
+    for folder in (base.parent, *base.parents[1:3]):  # for a user who is not root
+        folder.chmod(0o755)
+    as_nobody = "import os, sys; os.setuid(65534); sys.argv.pop(0); exec(sys.stdin.read())"
+    command = [sys.executable, "-c", as_nobody, str(UPDATE), "add", MAC, "10.0.0.1"]
+    source = UPDATE.read_text().replace("__file__", repr(str(UPDATE)))
+    result = subprocess.run(command, input=source, env=environment(base), capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert f"{base}.json" in result.stderr and "Permission denied" in result.stderr
+
+
+def test_missing_directory_is_an_error_and_not_made(base):
+    result = run(base.parent / "none" / "instances", "add", MAC, "10.0.0.1")
+    assert (
+        result.returncode == 1 and result.stderr.count("\n") == 1 and f"{base.parent}/none" in result.stderr
+    )
+    assert not (base.parent / "none").exists()
+
+
+def test_missing_filelock_is_said_in_one_line(base):
+    command = [sys.executable, "-S", str(UPDATE), "add", MAC, "10.0.0.1"]  # -S: without installed packages
+    result = subprocess.run(command, env=environment(base), capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "apt-get install python3-filelock" in result.stderr and "pip install filelock" in result.stderr
+
+
+def test_mode_and_owner_of_the_registry_are_kept(base):
+    write(base, {MAC: {"name": "web"}})
+    base.with_suffix(".json").chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(base.with_suffix(".json"), 65534, 65534)
+    before = base.with_suffix(".json").stat()
+    assert run(base, "add", MAC, "10.0.0.1").returncode == 0
+    after = base.with_suffix(".json").stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert after.st_ino != before.st_ino
+
+
+def test_nothing_is_made_wider_than_0644(base):
+    command = ["sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
+    assert subprocess.run(command, env=environment(base), capture_output=True).returncode == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in base.parent.iterdir()}
+    assert len(modes) >= 2 and not [name for name, mode in modes.items() if mode & ~0o644]
+
+
+def test_registry_behind_a_symbolic_link_stays_there(base):
+    (base.parent / "far").mkdir()
+    target = base.parent / "far" / "registry"
+    target.write_text("{}")
+    base.with_suffix(".json").symlink_to("far/registry")
+    assert run(base, "add", MAC, "10.0.0.1").returncode == 0
+    assert base.with_suffix(".json").is_symlink() and MAC in json.loads(target.read_text())
+
+
+def test_planted_link_in_the_temporary_file_is_not_followed(base):
+    victim = base.parent / "victim"
+    victim.write_text("precious")
+    base.with_suffix(".json.tmp").symlink_to(victim)
+    assert run(base, "add", MAC, "10.0.0.1").returncode == 0
+    assert victim.read_text() == "precious" and MAC in read(base) and not os.path.lexists(f"{base}.json.tmp")
+
+
+def test_output_that_nobody_reads_changes_nothing(base):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
+        result = subprocess.run(
+            command, env=environment(base), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (result.returncode, result.stderr) == (0, "") and MAC in read(base)
+
+
+def initialize(host, *arguments):
+    return host.update("--initialize", *arguments)
+
+
+def test_initialize_registers_a_bridge_without_a_port(host):
+    result = initialize(host, "br0", "host")
+    assert result.stdout == f"instances-update.py: {HOST_MAC} host: initialized\n"
+    expected = {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_ula": "fd83:5eed::1"}
+    assert host.registry() == {HOST_MAC: expected | {"ipv6_lla": "fe80::1266:6aff:fe4c:a1fe"}}
+
+
+def test_initialize_again_changes_nothing(host):
+    initialize(host, "br0", "host")
+    os.unlink(f"{host.base}.updated")
+    before = files(host.base)
+    assert initialize(host, "br0", "host").stdout == ""
+    assert files(host.base) == before
+
+
+def test_initialize_replaces_the_instance_and_takes_from_others(host):
+    write(
+        host.base,
+        {
+            HOST_MAC: {"name": "old", "ipv4": "10.9.9.9", "note": "x"},
+            MAC: {"name": "Host", "ipv4": "10.83.0.1"},
+        },
+    )
+    host.run("ip", "address", "flush", "dev", "br0", "to", "fd83:5eed::1")
+    initialize(host, "br0", "host")
+    own = {
+        "name": "host",
+        "ipv4": "10.83.0.1",
+        "ipv6_gua": "2001:67c:83::1",
+        "ipv6_lla": "fe80::1266:6aff:fe4c:a1fe",
+    }
+    assert host.registry() == {HOST_MAC: own | {"note": "x"}, MAC: {"name": ""}}
+
+
+def test_initialize_takes_the_primary_address_and_none_that_is_deprecated(host):
+    host.run("ip", "address", "add", "10.83.0.2/24", "dev", "br0")
+    host.run("ip", "address", "del", "2001:67c:83::1/80", "dev", "br0")
+    host.run("ip", "address", "add", "2001:67c:83::8/80", "dev", "br0", "nodad", "preferred_lft", "0")
+    host.run("ip", "address", "add", "2001:db8::9/64", "dev", "br0", "nodad")
+    initialize(host, "br0", "host")
+    assert host.registry()[HOST_MAC]["ipv4"] == "10.83.0.1" and "ipv6_gua" not in host.registry()[HOST_MAC]
+
+
+def test_initialize_takes_the_link_local_address_that_the_interface_has(host):
+    host.run("ip", "address", "add", "fe80::83/64", "dev", "br0", "nodad")
+    initialize(host, "br0", "host")
+    assert host.registry()[HOST_MAC]["ipv6_lla"] == "fe80::83"
