@@ -330,7 +330,9 @@ def test_unreadable_registry_is_an_error(base):
     base.with_suffix(".json").chmod(0)
     for folder in (base.parent, *base.parents[1:3]):  # for a user who is not root
         folder.chmod(0o755)
-    as_nobody = "import os, sys; os.setuid(65534); sys.argv.pop(0); exec(sys.stdin.read())"
+    as_nobody = (
+        "import _socket, filelock, json, os, sys; os.setuid(65534); sys.argv.pop(0); exec(sys.stdin.read())"
+    )
     command = [sys.executable, "-c", as_nobody, str(UPDATE), "add", MAC, "10.0.0.1"]
     source = UPDATE.read_text().replace("__file__", repr(str(UPDATE)))
     result = subprocess.run(command, input=source, env=environment(base), capture_output=True, text=True)
