@@ -169,9 +169,8 @@ def replace_file(path: str, text: str) -> None:
     if os.path.lexists(temporary):  # of a run that was killed
         os.unlink(temporary)
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
-    file = open(temporary, "x", encoding="ascii")  # x follows no link
     try:
-        with file:
+        with open(temporary, "x", encoding="ascii") as file:  # x follows no link
             if os.path.exists(path):
                 old = os.stat(path)
                 os.fchown(file.fileno(), old.st_uid, old.st_gid)
@@ -180,11 +179,13 @@ def replace_file(path: str, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
+        os.fsync(directory)
     except OSError as error:
-        os.unlink(temporary)
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from None
-    os.fsync(directory)
-    os.close(directory)
+    finally:
+        os.close(directory)
 
 
 def run(main) -> int:
@@ -192,7 +193,7 @@ def run(main) -> int:
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         return main(sys.argv[1:])
-    except (OSError, ValueError, RecursionError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         say(f"error: {str(error) or 'interrupted'}")
         return 1
 

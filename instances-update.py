@@ -116,9 +116,8 @@ def replace_file(path: str, text: str) -> None:
     if os.path.lexists(temporary):  # of a run that was killed
         os.unlink(temporary)
     directory = os.open(os.path.dirname(path), os.O_RDONLY)
-    file = open(temporary, "x", encoding="ascii")  # x follows no link
     try:
-        with file:
+        with open(temporary, "x", encoding="ascii") as file:  # x follows no link
             if os.path.exists(path):
                 old = os.stat(path)
                 os.fchown(file.fileno(), old.st_uid, old.st_gid)
@@ -127,11 +126,13 @@ def replace_file(path: str, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
+        os.fsync(directory)
     except OSError as error:
-        os.unlink(temporary)
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from None
-    os.fsync(directory)
-    os.close(directory)
+    finally:
+        os.close(directory)
 
 
 def run(main) -> int:
@@ -139,7 +140,7 @@ def run(main) -> int:
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         return main(sys.argv[1:])
-    except (OSError, ValueError, RecursionError, KeyboardInterrupt) as error:
+    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         say(f"error: {str(error) or 'interrupted'}")
         return 1
 
@@ -220,17 +221,14 @@ def is_registered(text: bytes, mac: str, field: str, address: str) -> bool:
     """Tell whether a registry's JSON has a lease, without parsing it: True is proof, False is none."""
     start = text.find(f'\n"{mac}": {{'.encode()) + 1
     above, line = text[:start], text[start : text.find(b"\n", start)]
-    closed = above.count(b"},\n")
     return (
         # Without a backslash each quote begins or ends a string, and a string of JSON has no line break.
         b"\\" not in text
-        # The line begins in the outermost object: above, one more brace opens than closes, and those that
-        # close end their lines, so none is in a string. (bytes.count of one byte is slow in Python 3.11.)
-        and above.startswith(b"{")
-        and len(above) - len(above.replace(b"}", b"")) == closed
-        and len(above) - len(above.replace(b"{", b"")) == closed + 1
-        # The line is one object with none inside, and the text was not cut off.
-        and line.count(b"{") == line.count(b"}") == 1
+        # The line begins in the outermost object: no brace opens above it but that one's and those that close
+        # at a line's end. (To count "{" by replace takes a tenth of the time that count does in Python 3.11.)
+        and len(above) - len(above.replace(b"{", b"")) == above.count(b"},\n") + 1
+        # The line is one object, with none inside, and the text was not cut off.
+        and line.count(b"{") == 1
         and line.endswith((b"}", b"},"))
         and text.endswith(b"}\n}\n")
         # The object has the address; the instance, the field and the address do not stand elsewhere.

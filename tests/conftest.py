@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -51,6 +52,16 @@ def need(*programs: str) -> None:
     missing += ["root"] if os.geteuid() else []
     if missing:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {', '.join(missing)}")
+
+
+def check_nft(base):
+    """Have nft parse both outputs, in a namespace of its own."""
+    need("nft", "unshare")
+    chains, sets = f'include "{base}.nftables_chains"', f'include "{base}.nftables_sets"'
+    tables = f"table bridge b {{\n{chains}\n}}\ntable inet i {{\n{sets}\n}}\n"
+    command = ["unshare", "-n", "nft", "-c", "-f", "-"]
+    result = subprocess.run(command, input=tables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

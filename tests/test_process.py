@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
 
 import pytest
-from conftest import need
+from conftest import check_nft
 from lab import PROCESS, run_script
 
 MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
@@ -37,16 +36,6 @@ def sets_of(text):
         part.split()[0]: [e.strip() for e in body.split(",") if e.strip()]
         for part, body in zip(parts, elements)
     }
-
-
-def check_nft(base):
-    """Have nft parse both outputs, in a namespace of its own."""
-    need("nft", "unshare")
-    chains, sets = f'include "{base}.nftables_chains"', f'include "{base}.nftables_sets"'
-    tables = f"table bridge b {{\n{chains}\n}}\ntable inet i {{\n{sets}\n}}\n"
-    command = ["unshare", "-n", "nft", "-c", "-f", "-"]
-    result = subprocess.run(command, input=tables, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 def test_without_marker_nothing_is_done(base):

@@ -1,0 +1,297 @@
+"""Nothing lost: a kill or an error at every system call on our files, a full disk, many writers at once."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import need
+from lab import PROCESS, UPDATE, environment, run_script, wait_for
+
+pytestmark = pytest.mark.slow
+MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
+OUTPUTS = ("instances.hosts", "instances.nftables_chains", "instances.nftables_sets")
+UPDATE_RUN = (UPDATE, "add", MAC, "10.0.0.2")
+PROCESS_RUN = (PROCESS,)
+CHANGING = ("openat", "write", "fsync", "rename", "unlink")
+
+
+def traced(folder: Path, run: tuple, *options: str) -> subprocess.CompletedProcess:
+    """Run a script under strace, with its files in a folder."""
+    command = [
+        "strace",
+        "-y",
+        "-o",
+        str(folder.with_suffix(".strace")),
+        *options,
+        sys.executable,
+        *map(str, run),
+    ]
+    env = environment(folder / "instances", PYTHONHASHSEED="0")
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def script(folder: Path, *run) -> subprocess.CompletedProcess:
+    return run_script(*run, base=folder / "instances")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Folders: before a change (outputs up to date), after it (a marker), and after the processor's run."""
+    need("strace")
+    root = tmp_path_factory.mktemp("stages")
+    before, changed, done = (root / name for name in ("before", "changed", "done"))
+    before.mkdir()
+    script(before, UPDATE, "add", MAC, "10.0.0.1", "web")
+    script(before, UPDATE, "add", OTHER, "10.0.0.9", "db")
+    script(before, PROCESS)
+    shutil.copytree(before, changed)
+    script(changed, *UPDATE_RUN)
+    shutil.copytree(changed, done)
+    script(done, PROCESS)
+    return {"before": before, "changed": changed, "done": done}
+
+
+def points(stage: Path, run: tuple, folder: Path) -> list[tuple[str, int]]:
+    """Return (name, number) of each system call of a run that touches a file of ours."""
+    shutil.copytree(stage, folder)
+    assert traced(folder, run).returncode == 0
+    counts, found = {}, []
+    for line in folder.with_suffix(".strace").read_text().splitlines():
+        name = re.match(r"\w*", line)[0]
+        counts[name] = counts.get(name, 0) + 1
+        if f"{folder}" in line and name != "execve":
+            found.append((name, counts[name]))
+    return found
+
+
+def inject(stages, start: str, run: tuple, tmp_path, faults: tuple, names: tuple | None = None) -> list:
+    """Run once for each point and fault; return (point, fault, result, folder) of each."""
+    stage = stages[start]
+    places = [p for p in points(stage, run, tmp_path / "record") if names is None or p[0] in names]
+    assert len(places) >= 5
+
+    def one(job):
+        number, ((name, count), fault) = job
+        folder = tmp_path / f"run{number}"
+        shutil.copytree(stage, folder)
+        result = traced(folder, run, "-e", f"inject={name}:{fault}:when={count}")
+        return (name, count), fault, result, folder
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, enumerate((place, fault) for place in places for fault in faults)))
+
+
+def check_update(stages, folder: Path) -> bool:
+    """The registry is old, or new and marked; a further run finishes. Return whether it is old."""
+    name = "instances.json"
+    old, new = ((stages[stage] / name).read_bytes() for stage in ("before", "changed"))
+    assert (folder / name).read_bytes() in (old, new)
+    was_old = (folder / name).read_bytes() == old
+    assert was_old or (folder / "instances.updated").exists()
+    assert script(folder, *UPDATE_RUN).returncode == 0
+    assert contents(folder) == contents(stages["changed"])
+    assert script(folder, PROCESS).returncode == 0
+    assert contents(folder) == contents(stages["done"])
+    return was_old
+
+
+def check_process(stages, folder: Path) -> None:
+    """Each output is whole, and the marker is there if one is old; a further run finishes."""
+    old, new = contents(stages["changed"]), contents(stages["done"])
+    now = contents(folder)
+    assert now["instances.json"] == new["instances.json"]
+    assert all(now[name] in (old[name], new[name]) for name in OUTPUTS)
+    up_to_date = all(now[name] == new[name] for name in OUTPUTS)
+    assert up_to_date or "instances.updated" in now
+    assert script(folder, PROCESS).returncode in ((0, 10) if up_to_date else (0,))
+    assert contents(folder) == new
+
+
+def test_update_killed_at_any_point_loses_nothing(stages, tmp_path):
+    runs = inject(stages, "before", UPDATE_RUN, tmp_path, ("signal=KILL",))
+    assert all(abs(result.returncode) == signal.SIGKILL for _, _, result, _ in runs)
+    was_old = [check_update(stages, folder) for _, _, _, folder in runs]
+    assert True in was_old and False in was_old
+    print(f"update: {len(runs)} kills")
+
+
+def test_process_killed_at_any_point_loses_nothing(stages, tmp_path):
+    runs = inject(stages, "changed", PROCESS_RUN, tmp_path, ("signal=KILL",))
+    assert all(abs(result.returncode) == signal.SIGKILL for _, _, result, _ in runs)
+    for _, _, _, folder in runs:
+        check_process(stages, folder)
+    print(f"process: {len(runs)} kills")
+
+
+@pytest.mark.parametrize(("start", "run"), [("before", UPDATE_RUN), ("changed", PROCESS_RUN)])
+def test_file_is_on_disk_before_its_rename_and_the_folder_after(stages, tmp_path, start, run):
+    points(stages[start], run, tmp_path / "record")
+    log = (tmp_path / "record.strace").read_text()
+    names = ["instances.json"] if start == "before" else list(OUTPUTS)
+    folder = tmp_path / "record"
+    order = [f'"{folder}/instances.updated"'] if start == "before" else []
+    for name in names:
+        order += [
+            f"write(5<{folder}/{name}.tmp>",
+            f"fsync(5<{folder}/{name}.tmp>",
+            f'rename("{folder}/{name}.tmp"',
+        ]
+        order += [f"fsync(4<{folder}>"]
+    order += [f'unlink("{folder}/instances.updated")'] if start == "changed" else []
+    positions = [log.find(call) for call in order]
+    assert -1 not in positions and positions == sorted(positions)
+
+
+ERRORS = ("error=ENOSPC", "error=EIO", "error=EACCES", "error=EROFS")
+
+
+@pytest.mark.parametrize(("start", "run"), [("before", UPDATE_RUN), ("changed", PROCESS_RUN)])
+def test_error_at_any_open_write_sync_or_rename_is_one_line(stages, tmp_path, start, run):
+    runs = inject(stages, start, run, tmp_path, ERRORS, CHANGING)
+    for place, fault, result, folder in runs:
+        what = f"{place} {fault}: {result.stderr}"
+        assert result.returncode == 1 and result.stdout == "", what
+        assert (
+            result.stderr.count("\n") == 1 and "error: " in result.stderr and str(folder) in result.stderr
+        ), what
+        assert not list(folder.glob("*.tmp")) or place[0] == "unlink", what
+        if start == "changed":
+            check_process(stages, folder)
+        elif not check_update(stages, folder):
+            assert place[0] == "fsync", what  # the last one, of the directory: the new registry is in place
+    print(f"{run[0].name}: {len(runs)} errors")
+
+
+def test_full_disk_leaves_the_old_files(tmp_path):
+    need("unshare", "mount")
+    inside = """
+        set -eu
+        mount -t tmpfs -o size=64k tmpfs "$1"
+        export INSTANCES_BASE_PATH="$1/instances"
+        "$2" "$3" add 10:66:6a:4c:a1:11 10.0.0.1 web
+        "$2" "$4"
+        cat "$1/instances.json" "$1/instances.hosts" >"$5/before"
+        touch "$1/instances.updated"
+        dd if=/dev/zero of="$1/fill" 2>/dev/null || true
+        status=0; "$2" "$3" add 10:66:6a:4c:a1:11 10.0.0.2 || status=$?; echo "update $status"
+        status=0; "$2" "$4" || status=$?; echo "process $status"
+        cat "$1/instances.json" "$1/instances.hosts" >"$5/after"
+        ls "$1"
+        rm "$1/fill"
+        "$2" "$3" add 10:66:6a:4c:a1:11 10.0.0.2
+        "$2" "$4"
+        cat "$1/instances.hosts"
+    """
+    (tmp_path / "small").mkdir()
+    arguments = [tmp_path / "small", sys.executable, UPDATE, PROCESS, tmp_path]
+    command = ["unshare", "-m", "sh", "-c", inside, "sh", *map(str, arguments)]
+    result = subprocess.run(command, env=environment(Path("/none")), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "update 1\nprocess 1\n" in result.stdout and ".tmp" not in result.stdout
+    assert result.stderr.count("No space left on device") == 2 and "Traceback" not in result.stderr
+    assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
+    assert result.stdout.endswith(
+        "10.0.0.2 web.instance.internal web.v4.instance.internal\n" + lla_line("web")
+    )
+
+
+def lla_line(name):
+    return f"fe80::1266:6aff:fe4c:a111 {name}.l6.instance.internal\n"
+
+
+def test_sixteen_writers_and_a_reader_at_once(tmp_path):
+    """Each writer has 50 leases of its own; renames, removals and address theft come in between."""
+    base = tmp_path / "instances"
+    writers, leases = 16, 50
+    failures, done = [], []
+
+    def check(result):
+        if (
+            result.returncode not in (0, 1, 10)
+            or "Traceback" in result.stderr
+            or result.stderr.count("\n") > 1
+        ):
+            failures.append(result)
+        return result.returncode
+
+    def write(writer):
+        chance, own = random.Random(writer), {}
+        for number in range(leases):
+            mac = f"10:66:6a:00:{writer:02x}:{number:02x}"
+            if (
+                check(
+                    run_script(
+                        UPDATE, "add", mac, f"10.{writer}.0.{number}", f"w{writer}-{number}", base=base
+                    )
+                )
+                == 0
+            ):
+                own[mac] = {"ipv4": f"10.{writer}.0.{number}", "name": f"w{writer}-{number}"}
+            if own and chance.random() < 0.2:
+                other = chance.choice(list(own))
+                if check(run_script(UPDATE, "--rename", other, f"r{writer}-{number}", base=base)) == 0:
+                    own[other]["name"] = f"r{writer}-{number}"
+            if own and chance.random() < 0.1:
+                other = chance.choice(list(own))
+                if check(run_script(UPDATE, "--remove", other, base=base)) == 0:
+                    del own[other]
+        return own
+
+    def read():
+        while not done:
+            check(run_script(PROCESS, base=base))
+
+    with ThreadPoolExecutor(writers + 1) as pool:
+        reader = pool.submit(read)
+        expected = {mac: entry for own in pool.map(write, range(writers)) for mac, entry in own.items()}
+        done.append(True)
+        reader.result()
+    assert not failures
+    registry = json.loads(base.with_suffix(".json").read_text())
+    assert {mac: {k: i[k] for k in ("ipv4", "name")} for mac, i in registry.items()} == expected
+    assert len(expected) > writers * leases * 0.8
+    check(run_script(PROCESS, base=base))
+    outputs = [(tmp_path / name).read_bytes() for name in OUTPUTS]
+    assert run_script(PROCESS, base=base).returncode == 10
+    run_script(PROCESS, "--force", base=base)
+    assert outputs == [(tmp_path / name).read_bytes() for name in OUTPUTS] and not failures
+
+
+def test_one_address_that_many_want_ends_with_one(tmp_path):
+    base = tmp_path / "instances"
+    with ThreadPoolExecutor(8) as pool:
+        commands = [("add", f"10:66:6a:00:00:{n:02x}", "10.0.0.1", "web") for n in range(24)]
+        results = list(pool.map(lambda command: run_script(UPDATE, *command, base=base), commands))
+    assert all(result.returncode == 0 for result in results)
+    registry = json.loads(base.with_suffix(".json").read_text()).values()
+    assert len(registry) == 24
+    assert [i["ipv4"] for i in registry if "ipv4" in i] == ["10.0.0.1"] and [
+        i["name"] for i in registry
+    ].count("web") == 1
+
+
+def test_killed_holder_of_the_lock_holds_nobody_up(tmp_path):
+    need("strace")
+    base, log = tmp_path / "instances", tmp_path / "strace"
+    code = "import filelock as f, sys; l = f.FileLock(sys.argv[1]); l.acquire(); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holder = subprocess.Popen([sys.executable, "-c", code, f"{base}.lock"], **pipes)
+    holder.stdout.readline()
+    command = ["strace", "-o", log, sys.executable, UPDATE, "add", MAC, "10.0.0.1"]
+    waiting = subprocess.Popen(command, env=environment(base), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: log.exists() and "EAGAIN" in log.read_text(), "a try to lock")
+    holder.kill()
+    assert waiting.communicate()[0] and waiting.returncode == 0
+    holder.communicate()
