@@ -150,8 +150,10 @@ def test_file_is_on_disk_before_its_rename_and_the_folder_after(stages, tmp_path
         ]
         order += [f"fsync(4<{folder}>"]
     order += [f'unlink("{folder}/instances.updated")'] if start == "changed" else []
-    positions = [log.find(call) for call in order]
-    assert -1 not in positions and positions == sorted(positions)
+    position = 0
+    for call in order:
+        position = log.find(call, position)
+        assert position >= 0, call
 
 
 ERRORS = ("error=ENOSPC", "error=EIO", "error=EACCES", "error=EROFS")
