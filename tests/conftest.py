@@ -13,6 +13,10 @@ from lab import PROCESS, UPDATE, Host
 hypothesis.settings.register_profile("here", database=None, deadline=None)
 hypothesis.settings.load_profile("here")
 
+if os.environ.get("CI") == "true":
+    assert importlib.util.find_spec("scapy"), (
+        "needs scapy"
+    )  # where it is missing elsewhere, its tests are skipped
 PROGRAMS = ("dnsmasq", "nft", "ip", "udhcpc", "dhclient", "dig", "ping", "strace")
 
 

@@ -18,6 +18,7 @@ HOST_MAC = "10:66:6a:4c:a1:fe"
 BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
 _numbers = itertools.count()
 
+CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "rogue")]
 CHAINS_TABLE = """\
 table bridge instances
 delete table bridge instances
@@ -81,6 +82,15 @@ class Namespace:
         """Return the command that runs these arguments in the namespace."""
         return ["ip", "netns", "exec", self.name, *map(str, arguments)]
 
+    def neighbour(self, address: str) -> str:
+        """Return the MAC address that the kernel here has for a neighbour's IP address."""
+        found = json.loads(self.run("ip", "-json", "neighbour", "show", address).stdout or "[]")
+        return found[0].get("lladdr", "") if found else ""
+
+    def set(self, variable: str, value: str) -> None:
+        """Set a variable of the kernel's network configuration, as net/ipv6/conf/all/forwarding."""
+        self.run("sh", "-c", f"echo {value} > /proc/sys/{variable}")
+
     def run(self, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
         """Run a command to its end; an AssertionError shows the output of one that failed."""
         result = subprocess.run(self.command(*arguments), capture_output=True, text=True, **options)
@@ -128,14 +138,14 @@ class Client(Namespace):
         entries = json.loads(self.run("ip", "-json", "address", "show", "dev", "eth0").stdout)[0]["addr_info"]
         return [e["local"] for e in entries if e["local"].startswith(prefix) and not e.get("tentative")]
 
-    def dhcp4(self, hostname: str = "") -> subprocess.Popen:
-        """Start udhcpc, and return it when it has a lease."""
+    def start_dhcp4(self, hostname: str = "") -> subprocess.Popen:
+        """Start udhcpc; what it gets is in events()."""
         options = ["-x", f"hostname:{hostname}"] if hostname else []
-        command = ["udhcpc", "-f", "-i", "eth0", "-s", self.script, "-t", "10", "-T", "1", *options]
-        return self._leased(command, ("bound",))
+        command = ["udhcpc", "-f", "-i", "eth0", "-s", self.script, "-T", "1", "-A", "1", *options]
+        return self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def dhcp6(self, hostname: str = "") -> subprocess.Popen:
-        """Start dhclient for DHCPv6, and return it when it has both leases."""
+    def start_dhcp6(self, hostname: str = "") -> subprocess.Popen:
+        """Start dhclient for DHCPv6; what it gets is in events()."""
         config = self.folder / "dhclient.conf"
         config.write_text(f'send fqdn.fqdn "{hostname}";\n' if hostname else "")
         files = [
@@ -148,24 +158,43 @@ class Client(Namespace):
             "-sf",
             self.script,
         ]
-        return self._leased(["dhclient", "-6", "-d", *files, "eth0"], ("BOUND6 2001", "BOUND6 fd83"))
+        command = ["dhclient", "-6", "-d", *files, "eth0"]
+        return self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def _leased(self, command: list, events: tuple) -> subprocess.Popen:
+    def dhcp4(self, hostname: str = "") -> subprocess.Popen:
+        """Start udhcpc; return when its lease is registered."""
+        process = self.start_dhcp4(hostname)
+        self.wait_registered("bound 10.83")
+        return process
+
+    def dhcp6(self, hostname: str = "") -> subprocess.Popen:
+        """Start dhclient for DHCPv6; return when both leases are registered."""
+        process = self.start_dhcp6(hostname)
+        self.wait_registered("BOUND6 2001", "BOUND6 fd83")
+        return process
+
+    def events(self) -> str:
+        """Return what the DHCP clients have told so far, a line an event: what, and the address."""
         log = Path(f"{self.script}.log")
-        log.unlink(missing_ok=True)
-        process = self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(
-            lambda: log.exists() and all(e in log.read_text() for e in events), f"{command[0]} in {self.name}"
-        )
-        leased = {line.split()[1] for line in log.read_text().splitlines() if line.startswith(events)}
+        return log.read_text() if log.exists() else ""
+
+    def wait_registered(self, *events: str) -> None:
+        """Wait for events that begin so, and for their addresses to be registered."""
+        wait_for(lambda: all(event in self.events() for event in events), f"{events} in {self.name}")
+        leased = {line.split()[1] for line in self.events().splitlines() if line.startswith(events)}
         wait_for(
             lambda: leased <= set(self.host.registry().get(self.mac, {}).values()), f"{leased} registered"
         )
-        return process
 
     def pings(self, address: str) -> bool:
         """Tell whether an address answers."""
         return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
+
+    def send(self, *frames: bytes) -> None:
+        """Put frames on the interface as they are."""
+        code = "import socket as s, sys; e = s.socket(s.AF_PACKET, s.SOCK_RAW); e.bind(('eth0', 0))\n"
+        code += "for line in sys.stdin: e.send(bytes.fromhex(line))"
+        self.run(sys.executable, "-c", code, input="\n".join(frame.hex() for frame in frames))
 
     def resolve(self, name: str, kind: str) -> list[str]:
         """Return the addresses that dnsmasq tells this client for a name."""
@@ -177,7 +206,7 @@ class Host(Namespace):
 
     def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES):
         super().__init__("host")
-        self.folder, self.base, self.dnsmasq = folder, folder / "instances", None
+        self.folder, self.base, self.mac, self.dnsmasq = folder, folder / "instances", HOST_MAC, None
         self.clients: list[Client] = []
         (folder / "hosts.d").mkdir()
         self.run("ip", "link", "add", "br0", "address", HOST_MAC, "type", "bridge")
@@ -223,9 +252,10 @@ class Host(Namespace):
             "--dhcp-authoritative",
             "--dhcp-ignore-names=set:unnamed",
         ]
+        started = self.log.read_text().count("started, version") if self.log.exists() else 0
         with open(self.log, "a") as log:
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
-        wait_for(lambda: "started, version" in self.log.read_text(), "dnsmasq")
+        wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
 
     @property
     def log(self) -> Path:
@@ -251,10 +281,10 @@ class Host(Namespace):
         """Return the registry."""
         return json.loads(Path(f"{self.base}.json").read_text())
 
-    def dropped(self, chain: str) -> int:
-        """Return how many frames one of our chains has dropped."""
-        listing = json.loads(self.run("nft", "-j", "list", "chain", "bridge", "instances", chain).stdout)
-        rules = [item["rule"]["expr"] for item in listing["nftables"] if "rule" in item]
+    def dropped(self, *chains: str) -> int:
+        """Return how many frames some of our chains have dropped."""
+        listing = json.loads(self.run("nft", "-j", "list", "table", "bridge", "instances").stdout)["nftables"]
+        rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
         return sum(
             e["counter"]["packets"] for r in rules for e in r if "counter" in e and {"drop": None} in r
         )

@@ -1,0 +1,357 @@
+"""Attacks on the bridge, with the chains and without them, and what must go on working with them.
+
+Each attack is sent without the chains first, where its effect is seen, and then with them, where it is
+dropped and counted and has no effect: by a client with a lease of its own, and by one that is not registered.
+"""
+
+import contextlib
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMS, need
+from lab import CHAINS, Host, wait_for
+
+scapy = pytest.importorskip("scapy.all")
+pytestmark = pytest.mark.slow
+HOST_LLA = "fe80::1266:6aff:fe4c:a1fe"
+ATTACKERS = ["registered", "unregistered"]
+FAR = "2001:67c:99::1"  # an address beyond the router
+LISTENER = """\
+import socket
+s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+s.bind(("::", 5000))
+while True:
+    print(s.recv(100).decode(), flush=True)
+"""
+
+
+class Bridge:
+    """A host whose bridge has a victim, a bystander, an attacker with a lease and one without."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        host.set("net/ipv6/conf/all/forwarding", "1")
+        host.update("--initialize", "br0", "host")
+        host.start_dnsmasq()
+        names = ("victim", "bystander", "registered", "unregistered")
+        clients = [host.client(name, f"10:66:6a:4c:a1:1{number}") for number, name in enumerate(names)]
+        self.victim, self.bystander, self.registered, self.unregistered = clients
+        for client in clients[:3]:
+            client.dhcp4(names[clients.index(client)])
+            client.dhcp6()
+        self.unregistered.run("ip", "address", "add", "10.83.0.66/24", "dev", "eth0")
+        self.unregistered.run("ip", "address", "add", "2001:67c:83::66/80", "dev", "eth0", "nodad")
+        host.process()
+        wait_for(lambda: HOST_LLA in self.gateways(), "a route by dnsmasq's router advertisement")
+
+    def guard(self, on: bool) -> None:
+        """Load the chains, or take them away."""
+        self.host.load_chains()
+        if not on:
+            self.host.run("nft", "delete", "table", "bridge", "instances")
+
+    def gateways(self) -> str:
+        """Return the bystander's default routes."""
+        return self.bystander.run("ip", "-6", "route", "show", "default").stdout
+
+    def is_dropped(self, attacker, frame, effect, chain: str) -> None:
+        """Check that three such frames are dropped, of a registered client by that chain, and have no effect."""
+        chains = [chain] if attacker is self.registered else CHAINS
+        before = self.host.dropped(*chains)
+        attacker.send(*3 * [bytes(frame)])
+        wait_for(lambda: self.host.dropped(*chains) >= before + 3, f"three drops by {chains}")
+        assert not effect()
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    need(*PROGRAMS)
+    host = Host(tmp_path_factory.mktemp("bridge"))
+    try:
+        yield Bridge(host)
+    finally:
+        host.close()
+
+
+def addresses(node) -> dict[str, str]:
+    """Return a client's or the host's addresses, by how they begin."""
+    if isinstance(node, Host):
+        return {"10": "10.83.0.1", "2001": "2001:67c:83::1", "fe80": HOST_LLA}
+    return {prefix: node.addresses(prefix)[0] for prefix in ("10", "2001", "fe80")}
+
+
+def advertisement(attacker, target, stolen, header=None):
+    """Return an unasked neighbour advertisement of a stolen address, behind an extension header if given."""
+    ip = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(
+        src=addresses(attacker)["fe80"], dst=addresses(target)["fe80"], hlim=255
+    )
+    claim = scapy.ICMPv6ND_NA(tgt=stolen, R=0, S=1, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+    if header is None:
+        return ip / claim
+    # 24 octets with an unknown option, which is skipped (RFC 8200, section 4.2). Its last 16 are octets 48 to 63
+    # of the packet, where a check at a fixed offset looks for the target: an address of the attacker's own.
+    own = scapy.inet_pton(scapy.socket.AF_INET6, addresses(attacker)["fe80"])
+    return (
+        ip
+        / header(nh=58, options=[scapy.HBHOptUnknown(otype=0x1E, optlen=20, optdata=bytes(4) + own)])
+        / claim
+    )
+
+
+def arp(attacker, target, stolen, operation, asked, destination):
+    """Return an ARP packet that says that the attacker has a stolen address."""
+    frame = scapy.Ether(src=attacker.mac, dst=destination)
+    return frame / scapy.ARP(op=operation, hwsrc=attacker.mac, psrc=stolen, hwdst=target.mac, pdst=asked)
+
+
+def solicitation(attacker, target, stolen, destination):
+    """Return a neighbour solicitation that says that the attacker has a stolen address."""
+    ip = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(src=stolen, dst=destination, hlim=255)
+    return ip / scapy.ICMPv6ND_NS(tgt=destination) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
+
+
+def router_solicitation(attacker, target, stolen):
+    """Return a router solicitation that says that the attacker has a stolen address."""
+    ip = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(src=stolen, dst=HOST_LLA, hlim=255)
+    return ip / scapy.ICMPv6ND_RS() / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
+
+
+EVERYONE = "ff:ff:ff:ff:ff:ff"
+POISON = {  # what: (chain, beginning of the stolen address, packet)
+    "ARP reply": ("arp", "10", lambda a, t, s: arp(a, t, s, 2, addresses(t)["10"], t.mac)),
+    "ARP request": ("arp", "10", lambda a, t, s: arp(a, t, s, 1, addresses(t)["10"], EVERYONE)),
+    "gratuitous ARP": ("arp", "10", lambda a, t, s: arp(a, t, s, 1, s, EVERYONE)),
+    "advertisement": ("ndp", "2001", advertisement),
+    "advertisement of a link-local address": ("ndp", "fe80", advertisement),
+    "advertisement behind destination options": (
+        "ndp",
+        "2001",
+        lambda a, t, s: advertisement(a, t, s, scapy.IPv6ExtHdrDestOpt),
+    ),
+    "advertisement behind hop-by-hop options": (
+        "ndp",
+        "2001",
+        lambda a, t, s: advertisement(a, t, s, scapy.IPv6ExtHdrHopByHop),
+    ),
+    "solicitation": ("ip6", "2001", lambda a, t, s: solicitation(a, t, s, addresses(t)["2001"])),
+    "solicitation from a link-local address": (
+        "ip6",
+        "fe80",
+        lambda a, t, s: solicitation(a, t, s, addresses(t)["fe80"]),
+    ),
+    "router solicitation": ("ip6", "fe80", router_solicitation),
+    "router solicitation from a global address": ("ip6", "2001", router_solicitation),
+}
+
+
+# Only a router takes router solicitations: the kernel of a bystander resists by itself
+TARGETS = [(a, t) for a in POISON for t in ("host", "bystander") if t == "host" or not a.startswith("router")]
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+@pytest.mark.parametrize(("attack", "where"), TARGETS)
+def test_neighbour_cache_is_not_poisoned(bridge, attack, where, who):
+    attacker, target, (chain, prefix, packet) = getattr(bridge, who), getattr(bridge, where), POISON[attack]
+    device = "br0" if where == "host" else "eth0"
+    stolen = addresses(bridge.victim)[prefix]
+    frame = packet(attacker, target, stolen)
+
+    def learn():
+        target.run("ip", "neighbour", "flush", "dev", device)
+        zone = f"%{device}" if prefix == "fe80" else ""
+        target.run("ping", "-n", "-c", "1", "-W", "5", f"{stolen}{zone}")
+        assert target.neighbour(stolen) == bridge.victim.mac
+
+    def poisoned():
+        return target.neighbour(stolen) == attacker.mac
+
+    bridge.guard(False)
+    learn()
+    wait_for(lambda: attacker.send(bytes(frame)) or poisoned(), "an effect without the chains")
+    bridge.guard(True)
+    learn()
+    bridge.is_dropped(attacker, frame, poisoned, f"instances_drop_{chain}")
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_router_advertisement_makes_no_route(bridge, who):
+    # The host is no target: as a router it takes no advertisement by itself
+    attacker, target = getattr(bridge, who), bridge.bystander
+    own = addresses(attacker)["fe80"]
+    ip = scapy.Ether(src=attacker.mac, dst="33:33:00:00:00:01") / scapy.IPv6(src=own, dst="ff02::1", hlim=255)
+    frame = ip / scapy.ICMPv6ND_RA(routerlifetime=600) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
+    bridge.guard(False)
+    wait_for(lambda: attacker.send(bytes(frame)) or own in bridge.gateways(), "a route without the chains")
+    target.run("ip", "-6", "route", "delete", "default", "via", own, "dev", "eth0")
+    bridge.guard(True)
+    bridge.is_dropped(attacker, frame, lambda: own in bridge.gateways(), "instances_drop_rogue")
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_redirect_changes_no_route(bridge, who):
+    # A client takes it from its router's address only; the host, being a router, takes none by itself
+    attacker, target = getattr(bridge, who), bridge.bystander
+    own = addresses(attacker)["fe80"]
+    ip = scapy.Ether(src=attacker.mac, dst=target.mac)
+    ip /= scapy.IPv6(src=HOST_LLA, dst=addresses(target)["fe80"], hlim=255)
+    redirect = scapy.ICMPv6ND_Redirect(tgt=own, dst=FAR) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+
+    def redirected():
+        return own in target.run("ip", "-6", "route", "get", FAR).stdout
+
+    bridge.guard(False)
+    wait_for(lambda: attacker.send(bytes(ip / redirect)) or redirected(), "a redirect without the chains")
+    target.run("ip", "-6", "route", "flush", "cache")
+    assert not redirected()
+    bridge.guard(True)
+    bridge.is_dropped(attacker, ip / redirect, redirected, "instances_drop_ip6")
+    own_source = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(
+        src=own, dst=ip[scapy.IPv6].dst, hlim=255
+    )
+    bridge.is_dropped(attacker, own_source / redirect, redirected, "instances_drop_rogue")
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+@pytest.mark.parametrize("where", ["host", "bystander"])
+@pytest.mark.parametrize("prefix", ["10", "2001"])
+def test_datagram_from_a_forged_source_does_not_arrive(bridge, prefix, where, who):
+    attacker, target = getattr(bridge, who), getattr(bridge, where)
+    ip = scapy.IP if prefix == "10" else scapy.IPv6
+    header = ip(src=addresses(bridge.victim)[prefix], dst=addresses(target)[prefix])
+    frame = scapy.Ether(src=attacker.mac, dst=target.mac) / header / scapy.UDP(sport=5000, dport=5000)
+    with open(bridge.host.folder / "heard", "w+") as heard:
+        listener = target.start("python3", "-c", LISTENER, stdout=heard)
+        path = Path(heard.name)
+        bridge.guard(False)
+        wait_for(
+            lambda: attacker.send(bytes(frame / b"open")) or "open" in path.read_text(), "a forged datagram"
+        )
+        bridge.guard(True)
+        chain = "instances_drop_ip" if prefix == "10" else "instances_drop_ip6"
+        bridge.is_dropped(attacker, frame / b"guarded", lambda: "guarded" in path.read_text(), chain)
+        honest = frame / b"honest"
+        honest.src = bridge.victim.mac
+        wait_for(
+            lambda: bridge.victim.send(bytes(honest)) or "honest" in path.read_text(), "an honest datagram"
+        )
+        assert "guarded" not in path.read_text()
+        target.stop(listener)
+
+
+@contextlib.contextmanager
+def rogue_server(bridge, attacker):
+    """In place of the host's DHCP server, have one of the attacker's."""
+    ranges = ("10.83.0.210,10.83.0.219", "2001:67c:83::300,2001:67c:83::3ff,80")
+    own = attacker.addresses("2001")[0]
+    attacker.run("ip", "address", "flush", "dev", "eth0", "to", own)
+    attacker.run("ip", "address", "add", f"{own}/80", "dev", "eth0", "nodad")
+    options = [
+        "--conf-file=/dev/null",
+        "-k",
+        "--user=root",
+        "--port=0",
+        "--interface=eth0",
+        "--pid-file",
+        "--dhcp-authoritative",
+    ]
+    options += [f"--dhcp-range={r},120" for r in ranges] + [
+        "--dhcp-leasefile=/dev/null",
+        "--leasefile-ro",
+        "--log-facility=-",
+    ]
+    bridge.host.stop(bridge.host.dnsmasq)
+    log = bridge.host.folder / "rogue.log"
+    with open(log, "w") as file:
+        server = attacker.start("dnsmasq", *options, stdout=file, stderr=file)
+    try:
+        wait_for(lambda: "started" in log.read_text(), "the rogue server")
+        yield log
+    finally:
+        attacker.stop(server)
+        bridge.host.start_dnsmasq()
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_rogue_server_gives_no_lease(bridge, who):
+    attacker, host = getattr(bridge, who), bridge.host
+    clients = [host.client(f"new{n}-{who[:2]}", f"10:66:6a:4c:b{n}:{len(who):02x}") for n in range(2)]
+    with rogue_server(bridge, attacker) as log:
+        bridge.guard(False)
+        clients[0].start_dhcp4()
+        clients[0].start_dhcp6()
+        wait_for(lambda: "bound 10.83.0.21" in clients[0].events(), "a rogue IPv4 lease without the chains")
+        wait_for(
+            lambda: "BOUND6 2001:67c:83::3" in clients[0].events(), "a rogue IPv6 lease without the chains"
+        )
+        bridge.guard(True)
+        before = host.dropped(*CHAINS)
+        clients[1].start_dhcp4()
+        clients[1].start_dhcp6()
+        for reply in ("DHCPOFFER", "DHCPADVERTISE"):
+            wait_for(
+                lambda r=reply: any(r in x and clients[1].mac in x for x in log.read_text().splitlines()),
+                f"{reply} of the rogue",
+            )
+        wait_for(lambda: host.dropped(*CHAINS) >= before + 2, "its drop")
+        assert "bound" not in clients[1].events().lower()
+    wait_for(lambda: "bound 10.83" in clients[1].events(), "a lease of the host's own server")
+
+
+def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_chains(bridge):
+    host = bridge.host
+    bridge.guard(True)
+    client = host.client("late", "10:66:6a:4c:a1:77")
+    lease4 = client.dhcp4("late")
+    client.dhcp6("late")
+    host.process()
+    host.load_chains()
+    wait_for(lambda: client.resolve("late.v4.instance.internal", "A"), "the new name")
+    wait_for(
+        lambda: all(client.addresses(prefix) for prefix in ("10", "2001", "fd83", "fe80")), "its addresses"
+    )
+    for node, other in ((client, bridge.victim), (bridge.victim, client)):
+        for address in other.addresses():
+            node.run(
+                "ping",
+                "-n",
+                "-c",
+                "1",
+                "-W",
+                "5",
+                f"{address}{'%eth0' if address.startswith('fe80') else ''}",
+            )
+    for kind, subdomain in (("A", "v4"), ("AAAA", "g6"), ("AAAA", "u6"), ("AAAA", "l6")):
+        assert client.resolve(f"victim.{subdomain}.instance.internal", kind)
+    lease4.send_signal(signal.SIGUSR1)
+    wait_for(lambda: "renew 10.83" in client.events(), "a renewal over IPv4")
+    wait_for(
+        lambda: all(f"RENEW6 {p}" in client.events() for p in ("2001", "fd83")), "a renewal over IPv6", 100
+    )
+
+
+def test_client_with_ipv6_only_gets_leases_behind_the_chains(bridge):
+    bridge.guard(True)
+    client = bridge.host.client("six", "10:66:6a:4c:a1:66")
+    client.dhcp6("six")
+    bridge.host.process()
+    bridge.host.load_chains()
+    assert client.pings("2001:67c:83::1") and client.pings(addresses(bridge.victim)["2001"])
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_duplicate_address_detection_finds_the_holder_behind_the_chains(bridge, who):
+    bridge.guard(True)
+    attacker, address = getattr(bridge, who), addresses(bridge.victim)["2001"]
+    attacker.run("ip", "address", "add", f"{address}/80", "dev", "eth0")
+    wait_for(
+        lambda: "dadfailed" in attacker.run("ip", "address", "show", "dev", "eth0").stdout,
+        "a duplicate found",
+    )
+    attacker.run("ip", "address", "delete", f"{address}/80", "dev", "eth0")
+
+
+def test_unregistered_client_reaches_nobody_behind_the_chains(bridge):
+    bridge.guard(True)
+    for address in ("10.83.0.1", "2001:67c:83::1", f"{HOST_LLA}%eth0", addresses(bridge.victim)["10"]):
+        assert not bridge.unregistered.pings(address)
