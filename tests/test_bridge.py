@@ -56,7 +56,7 @@ class Bridge:
         return self.bystander.run("ip", "-6", "route", "show", "default").stdout
 
     def is_dropped(self, attacker, frame, effect, chain: str) -> None:
-        """Check that three such frames are dropped, of a registered client by that chain, and have no effect."""
+        """Check that three frames are dropped, a registered client's by that chain, and have no effect."""
         chains = [chain] if attacker is self.registered else CHAINS
         before = self.host.dropped(*chains)
         attacker.send(*3 * [bytes(frame)])
@@ -89,8 +89,8 @@ def advertisement(attacker, target, stolen, header=None):
     claim = scapy.ICMPv6ND_NA(tgt=stolen, R=0, S=1, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
     if header is None:
         return ip / claim
-    # 24 octets with an unknown option, which is skipped (RFC 8200, section 4.2). Its last 16 are octets 48 to 63
-    # of the packet, where a check at a fixed offset looks for the target: an address of the attacker's own.
+    # 24 octets with an unknown option, which is skipped (RFC 8200, section 4.2). Its last 16 are octets 48 to
+    # 63 of the packet, where a check at a fixed offset looks for the target: an address of the attacker's own.
     own = scapy.inet_pton(scapy.socket.AF_INET6, addresses(attacker)["fe80"])
     return (
         ip
