@@ -5,6 +5,7 @@ They are a hosts file for dnsmasq, chains for nftables that hold instances on a 
 sets of addresses for firewall rules. Without an update it ends at once, so most imports wait until needed.
 """
 
+import gc
 import os
 import sys
 from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton  # the module socket takes 6 ms to import
@@ -61,13 +62,7 @@ chain instances_drop_rogue {
     udp sport { 67, 547 } counter drop comment "lockdown"
 }
 """
-SETS = {
-    "v4": ["ipv4"],
-    "v6": ["ipv6_gua", "ipv6_ula"],
-    "g6": ["ipv6_gua"],
-    "u6": ["ipv6_ula"],
-    "l6": ["ipv6_lla"],
-}
+SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
 FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains of the names that have them
     "ipv4": ("", ".v4"),
     "ipv6_gua": ("", ".v6", ".g6"),
@@ -77,18 +72,16 @@ FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains 
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
-def say(message: str, descriptor: int = 2) -> None:
+def say(message, descriptor=2):
     """Write one line, on standard error unless told otherwise, with all but printable ASCII escaped."""
-    line = "".join(
-        c if " " <= c <= "~" else ascii(c)[1:-1] for c in f"{os.path.basename(__file__)}: {message}"
-    )
+    line = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in f"{os.path.basename(__file__)}: {message}")
     try:
         os.write(descriptor, f"{line}\n".encode())
     except OSError:  # what is done is done, whether or not anybody reads of it
         pass
 
 
-def base_path() -> str:
+def base_path():
     """Return the path that every file's name begins with. ValueError if INSTANCES_BASE_ID is bad."""
     path = os.environ.get("INSTANCES_BASE_PATH") or "/var/lib/misc/instances"
     suffix = os.environ.get("INSTANCES_BASE_ID") or ""
@@ -97,19 +90,19 @@ def base_path() -> str:
     return f"{path}-{suffix}" if suffix else path
 
 
-def is_mac(text: str) -> bool:
+def is_mac(text):
     """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
-    digits = set(text[::3] + text[1::3])
-    return len(text) == 17 and text[2::3] == ":::::" and digits <= set("0123456789abcdef")
+    digits = text.replace(":", "")
+    return len(digits) == 12 and text[2::3] == ":::::" and len(text) == 17 and not digits.strip("0123456789abcdef")
 
 
-def is_name(text: str) -> bool:
+def is_name(text):
     """Tell whether this is a label of RFC 1035, section 2.3.1: Incus's rule for names too."""
     plain = text.replace("-", "")
     return plain.isascii() and plain.isalnum() and text[0].isalpha() and text[-1] != "-" and len(text) < 64
 
 
-def parse_address(text: str) -> tuple[str, str, bytes]:
+def parse_address(text):
     """Return an address's field ("" if its kind has none), RFC 5952 form and bytes, or raise ValueError."""
     try:
         if ":" not in text:
@@ -129,7 +122,7 @@ def parse_address(text: str) -> tuple[str, str, bytes]:
     return field, inet_ntop(AF_INET6, packed), packed
 
 
-def locked(base: str):
+def locked(base):
     """Take the registry's lock, to be held in a with statement. ValueError if it is not free for 10 s."""
     try:
         from filelock import FileLock, Timeout
@@ -143,7 +136,7 @@ def locked(base: str):
         raise ValueError(f"{base}.lock: held by another process for 10 s: try again") from None
 
 
-def read_registry(path: str) -> dict[str, dict]:
+def read_registry(path):
     """Return the registry, empty where there is no file. ValueError if it is not an object of objects."""
     import json
 
@@ -159,7 +152,7 @@ def read_registry(path: str) -> dict[str, dict]:
         raise ValueError(f"{path}: mend it or move it away: {error}") from None
 
 
-def replace_file(path: str, text: str) -> None:
+def replace_file(path, text):
     """Replace a file as a whole: at any time it is the old one or the new one. On return it is on disk.
 
     Mode and owner are kept, a symbolic link stays, and a failure up to the rename leaves the old file.
@@ -188,7 +181,7 @@ def replace_file(path: str, text: str) -> None:
         os.close(directory)
 
 
-def run(main) -> int:
+def run(main):
     """Return main's exit status; an error becomes one line and the status 1."""
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
@@ -201,7 +194,7 @@ def run(main) -> int:
 # ---- End of the shared lines ----
 
 
-def is_domain(text: str) -> bool:
+def is_domain(text):
     """Tell whether this is a domain, its labels as in RFC 1123, section 2.1, with a dot before each."""
     longest = 253 - 63 - len(".v4")  # RFC 1035, section 2.3.4: 255 octets, less a name before it
     first, *labels = text.split(".")
@@ -209,7 +202,7 @@ def is_domain(text: str) -> bool:
     return first == "" and bool(labels) and valid and text.isascii() and len(text) <= longest
 
 
-def listed(variable: str, default: str, is_valid) -> list[str]:
+def listed(variable, default, is_valid):
     """Return the valid items of an environment variable's list, each once; warn of the others."""
     items = dict.fromkeys(item.strip() for item in (os.environ.get(variable) or default).split(","))
     for item in items:
@@ -218,9 +211,9 @@ def listed(variable: str, default: str, is_valid) -> list[str]:
     return [item for item in items if is_valid(item)]
 
 
-def read_addresses(registry: dict) -> tuple[list[tuple[str, str, str, str, bytes]], list[str]]:
-    """Return (MAC address, name, field, address, bytes) of each valid address, and warnings of the rest."""
-    addresses, warnings = [], []
+def read_instances(registry):
+    """Return (MAC address, name, {field: address}) of each instance, and a warning of each thing that is left out."""
+    instances, warnings = [], []
     for mac, instance in registry.items():
         if not is_mac(mac):
             warnings.append(f"{mac}: left out, it is no MAC address in lower case")
@@ -229,67 +222,72 @@ def read_addresses(registry: dict) -> tuple[list[tuple[str, str, str, str, bytes
         if name != "" and not (isinstance(name, str) and is_name(name)):
             warnings.append(f"{mac}: name {name} left out, it is not valid")
             name = ""
+        addresses = {}
         for field in FIELDS:
             if field in instance:
+                addresses[field] = text = instance[field]
                 try:
-                    kind, address, packed = parse_address(instance[field])
+                    kind, address, _ = parse_address(text)
                 except ValueError:
                     kind = address = ""
-                if (kind, address) == (field, instance[field]):
-                    addresses.append((mac, name, field, address, packed))
-                else:
-                    warnings.append(f"{mac}: {field} {instance[field]} left out, no {field} in RFC 5952 form")
-    return addresses, warnings
+                if kind != field or address != text:
+                    warnings.append(f"{mac}: {field} {text} left out, no {field} in RFC 5952 form")
+                    del addresses[field]
+        instances.append((mac, name, addresses))
+    return instances, warnings
 
 
-def hosts_text(addresses: list, domains: list[str]) -> str:
+def hosts_text(instances, domains):
     """Return the hosts file: for each domain, a line for each address of a named instance."""
     lines = []
     for domain in domains:
-        ends = {field: [f"{sub}{domain} " for sub in subs] for field, subs in FIELDS.items()}
+        # What stands between the names of a line: "ADDRESS" " " NAME "DOMAIN " NAME ".v4DOMAIN\n"
+        rests = {
+            field: [" ", *(f"{s}{domain} " for s in subs[:-1]), f"{subs[-1]}{domain}\n"]
+            for field, subs in FIELDS.items()
+        }
         lines += [
-            f"{address} {name}{name.join(ends[field])}" for _, name, field, address, _ in addresses if name
+            a + name.join(rests[field]) for _, name, addresses in instances if name for field, a in addresses.items()
         ]
-    return "".join(line[:-1] + "\n" for line in lines)
+    return "".join(lines)
 
 
-def set_text(name: str, declaration: str, elements: list[str], space: str) -> str:
-    """Return a set of nftables, with space before each of its elements."""
-    text = f"    elements = {{{space}{f',{space}'.join(elements)},{space}}}\n" if elements else ""
-    return f"set {name} {{\n    {declaration}\n{text}}}\n"
-
-
-def sets_text(addresses: list, names: list[str]) -> str:
+def sets_text(instances, names):
     """Return five sets of the addresses of all instances, and five for each of the names."""
-    groups = {"all_": addresses}
+    groups = {"all_": instances}
     for name in names:
-        groups[name.replace("-", "_") + "."] = [row for row in addresses if row[1].lower() == name.lower()]
-    texts = []
+        groups[name.replace("-", "_") + "."] = [row for row in instances if row[1].lower() == name.lower()]
+    lines = []
     for prefix, rows in groups.items():
         for suffix, fields in SETS.items():
-            declaration = "type ipv4_addr" if suffix == "v4" else "type ipv6_addr"
-            elements = [address for _, _, field, address, _ in rows if field in fields]
-            texts.append(f"# Use: @{prefix}{suffix}.instance\n")
-            texts.append(set_text(f"{prefix}{suffix}.instance", declaration, elements, " "))
-    return "".join(texts)
+            name = f"{prefix}{suffix}.instance"
+            elements = [addresses[field] for _, _, addresses in rows for field in fields if field in addresses]
+            lines += [f"# Use: @{name}", f"set {name} {{", f"    type {'ipv4' if suffix == 'v4' else 'ipv6'}_addr"]
+            lines += [f"    elements = {{ {', '.join(elements)}, }}", "}"] if elements else ["}"]
+    return "\n".join([*lines, ""])
 
 
-def chains_text(addresses: list) -> str:
+def chains_text(instances):
     """Return the chains, behind the sets in which they look up who may send from an address."""
-    sets = {"ip": [], "ip6": [], "ndp": [], "lla": []}
-    for mac, name, field, address, packed in addresses:
-        owner = f'{mac} comment "{name}"' if name else mac
-        if field == "ipv4":
-            sets["ip"].append(f"{address} . {owner}")
-        else:
-            sets["ip6"].append(f"{address} . {owner}")
-            sets["ndp"].append(f"0x{packed.hex()} . {owner}")
-        if field == "ipv6_lla":
-            sets["lla"].append(address)
-    return "".join(set_text(f"instances_{key}", KEYS[key], sets[key], "\n        ") for key in sets) + CHAINS
+    ip, ip6, ndp, lla = [], [], [], []
+    for mac, name, addresses in instances:
+        owner = f' . {mac} comment "{name}",' if name else f" . {mac},"
+        for field, address in addresses.items():
+            if field == "ipv4":
+                ip.append(f"        {address}{owner}")
+                continue
+            ip6.append(f"        {address}{owner}")
+            ndp.append(f"        0x{inet_pton(AF_INET6, address).hex()}{owner}")
+            if field == "ipv6_lla":
+                lla.append(f"        {address},")
+    lines = []
+    for name, elements in zip(KEYS, (ip, ip6, ndp, lla)):
+        elements = ["    elements = {", *elements, "    }"] if elements else []
+        lines += [f"set instances_{name} {{", f"    {KEYS[name]}", *elements, "}"]
+    return "\n".join([*lines, CHAINS])
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments):
     """Make the files; return the exit status."""
     if arguments in (["-h"], ["--help"]):
         print(USAGE)
@@ -303,13 +301,14 @@ def main(arguments: list[str]) -> int:
         return 10
     names = listed("INSTANCES_ADDRESS_SETS", "host", is_name)
     domains = listed("INSTANCES_HOSTS_DOMAIN", ".instance.internal", is_domain)
+    gc.disable()  # there is no garbage to look for
     with locked(base):
         registry = read_registry(base + ".json")
-        addresses, warnings = read_addresses(registry)
+        instances, warnings = read_instances(registry)
         hosts, chains, sets = (
-            hosts_text(addresses, domains),
-            chains_text(addresses),
-            sets_text(addresses, names),
+            hosts_text(instances, domains),
+            chains_text(instances),
+            sets_text(instances, names),
         )
         replace_file(base + ".hosts", hosts)
         replace_file(base + ".nftables_chains", chains)
@@ -318,11 +317,8 @@ def main(arguments: list[str]) -> int:
             os.unlink(marker)  # last: a run that does not come so far is done again
     for warning in warnings:
         say(f"warning: {warning}")
-    elements = sum(2 - (field == "ipv4") for _, _, field, _, _ in addresses)
-    say(
-        f"{len(registry)} instances, {hosts.count(chr(10))} host addresses, "
-        f"{elements} set elements in the chains, {sets.count('# Use')} address sets"
-    )
+    lines, elements, count = hosts.count("\n"), chains.count(",\n"), sets.count("# Use")
+    say(f"{len(registry)} instances, {lines} host addresses, {elements} set elements, {count} address sets")
     return 0
 
 

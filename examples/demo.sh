@@ -46,12 +46,13 @@ until_true() {
     done
 }
 
+# address NAME SUBDOMAIN: what the hosts file says
+address() { sed -n "s/ .*$1\\.$2\\.instance.*//p" "$folder/instances.hosts"; }
 on() { ip netns exec "$@"; }
-field() { sed -n "s/.*\"name\": \"$1\".*\"$2\": \"\([^\"]*\)\".*/\1/p" "$folder/instances.json"; }
 
 # background NAMESPACE COMMAND...: start it, to be ended with the demo
 background() {
-    on "$@" >>"$folder/log" 2>&1 &
+    ip netns exec "$@" >>"$folder/log" 2>&1 & # not by on, so that $! is the command's own
     processes="$processes $!"
 }
 
@@ -135,52 +136,54 @@ for client in $web $db; do
     until_true sh -c "ip netns exec $client ip -6 address show dev eth0 -tentative | grep -q fe80"
     echo "send fqdn.fqdn \"$name\";" >"$folder/$name.conf"
     background "$client" udhcpc -f -i eth0 -x "hostname:$name" -s "$folder/client"
-    until_true grep -q "\"$name\".*\"ipv4\"" "$folder/instances.json"
+    until_true grep -q " $name: .*ipv4 " "$folder/log"
     background "$client" dhclient -6 -d -cf "$folder/$name.conf" -lf "$folder/$name.leases" -pf "$folder/$name.pid" \
         -sf "$folder/client" eth0
-    until_true grep -q "\"$name\".*\"ipv6_gua\"" "$folder/instances.json"
-    until_true grep -q "\"$name\".*\"ipv6_ula\"" "$folder/instances.json"
+    until_true grep -q " $name: .*ipv6_gua " "$folder/log"
+    until_true grep -q " $name: .*ipv6_ula " "$folder/log"
 done
-expect '"db".*"ipv6_gua"' cat "$folder/instances.json"
+expect '"name": "db"' cat "$folder/instances.json"
 
 step "The processor makes the names, the chains and the sets of it; they are loaded"
 publish 2>"$folder/summary"
-expect '3 instances, 12 host addresses, 21 set elements' cat "$folder/summary"
+expect '3 instances, 12 host addresses, 24 set elements' cat "$folder/summary"
 expect '10:66:6a:4c:a1:12.*"db"' on $host nft list set bridge instances instances_ip
 until_true sh -c "ip netns exec $web dig +short @10.83.0.1 db.instance.internal | grep -q ."
 
 step "Each client's names, in all their subdomains, asked from the other"
 for pair in "$web db" "$db web"; do
     client=${pair% *} name=${pair#* }
-    for query in "A instance ipv4" "AAAA instance ipv6_gua" "AAAA instance ipv6_ula" "A v4.instance ipv4" \
-        "AAAA v6.instance ipv6_gua" "AAAA g6.instance ipv6_gua" "AAAA u6.instance ipv6_ula" "AAAA l6.instance ipv6_lla"; do
+    for query in "A instance v4" "AAAA instance g6" "AAAA instance u6" "A v4.instance v4" "AAAA v6.instance g6" \
+        "AAAA v6.instance u6" "AAAA g6.instance g6" "AAAA u6.instance u6" "AAAA l6.instance l6"; do
         # shellcheck disable=SC2086 # the three words
         set -- $query
-        expect "$(field "$name" "$3")" on "$client" dig +noall +answer @10.83.0.1 "$name.$2.internal" "$1"
+        expect "$(address "$name" "$3")" on "$client" dig +noall +answer @10.83.0.1 "$name.$2.internal" "$1"
     done
 done
 
 step "The clients reach each other over IPv4 and IPv6, link-local too"
-for address in "$(field db ipv4)" "$(field db ipv6_gua)" "$(field db ipv6_ula)" "$(field db ipv6_lla)%eth0"; do
+for address in "$(address db v4)" "$(address db g6)" "$(address db u6)" "$(address db l6)%eth0"; do
     until_true on $web ping -n -c 1 -W 1 "$address"
     expect ' 0% packet loss' on $web ping -n -c 1 -W 1 "$address"
 done
 
 step "web takes db's addresses, and answers ARP requests and neighbour solicitations for them"
-on $web ip address add "$(field db ipv4)/24" dev eth0
-on $web ip address add "$(field db ipv6_gua)/80" dev eth0 nodad
+on $web ip address add "$(address db v4)/24" dev eth0
+on $web ip address add "$(address db g6)/80" dev eth0 nodad
 on $host ip neighbour flush dev br0
-expect ' 0% packet loss' on $host ping -n -c 1 -W 2 "$(field db ipv4)"
-expect ' 0% packet loss' on $host ping -n -c 1 -W 2 "$(field db ipv6_gua)"
+expect ' 0% packet loss' on $host ping -n -c 1 -W 2 "$(address db v4)"
+expect ' 0% packet loss' on $host ping -n -c 1 -W 2 "$(address db g6)"
 
 step "The answers were dropped and counted: the host still knows db by its own MAC address"
-expect 'packets [1-9].*drop' on $host nft list chain bridge instances instances_drop_arp
-expect 'packets [1-9].*drop' on $host nft list chain bridge instances instances_drop_ndp
-expect "$(field db ipv4) .*10:66:6a:4c:a1:12" on $host ip neighbour show "$(field db ipv4)" dev br0
-expect "$(field db ipv6_gua) .*10:66:6a:4c:a1:12" on $host ip neighbour show "$(field db ipv6_gua)" dev br0
+for chain in instances_drop_arp instances_drop_ndp; do
+    until_true sh -c "ip netns exec $host nft list chain bridge instances $chain | grep -q 'packets [1-9].*drop'"
+    expect 'packets [1-9].*drop' on $host nft list chain bridge instances $chain
+done
+expect "$(address db v4) .*10:66:6a:4c:a1:12" on $host ip neighbour show "$(address db v4)" dev br0
+expect "$(address db g6) .*10:66:6a:4c:a1:12" on $host ip neighbour show "$(address db g6)" dev br0
 
 step "The administrator renames db to store and removes web: the names follow"
-address=$(field db ipv4)
+address=$(address db v4)
 expect 'store: renamed' on $host "$top/instances-update.py" --rename 10:66:6a:4c:a1:12 store
 expect 'web: removed' on $host "$top/instances-update.py" --remove 10:66:6a:4c:a1:11
 publish 2>"$folder/summary"

@@ -14,9 +14,7 @@ hypothesis.settings.register_profile("here", database=None, deadline=None)
 hypothesis.settings.load_profile("here")
 
 if os.environ.get("CI") == "true":
-    assert importlib.util.find_spec("scapy"), (
-        "needs scapy"
-    )  # where it is missing elsewhere, its tests are skipped
+    assert importlib.util.find_spec("scapy"), "needs scapy"  # where it is missing elsewhere, its tests are skipped
 PROGRAMS = ("dnsmasq", "nft", "ip", "udhcpc", "dhclient", "dig", "ping", "strace")
 
 
@@ -49,9 +47,7 @@ def base(tmp_path):
 def need(*programs: str) -> None:
     """Skip the test where root or a program is missing; with CI=true, fail."""
     missing = [
-        program
-        for program in programs
-        if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        program for program in programs if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     ]
     missing += ["root"] if os.geteuid() else []
     if missing:

@@ -16,6 +16,11 @@ PROCESS = TOP / "instances-process.py"
 DOMAIN = "instance.internal"
 HOST_MAC = "10:66:6a:4c:a1:fe"
 BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
+DHCP_RANGES = (
+    "10.83.0.100,10.83.0.199",
+    "2001:67c:83::100,2001:67c:83::1ff,80",
+    "fd83:5eed::100,fd83:5eed::1ff,80",
+)
 _numbers = itertools.count()
 
 CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "rogue")]
@@ -182,9 +187,7 @@ class Client(Namespace):
         """Wait for events that begin so, and for their addresses to be registered."""
         wait_for(lambda: all(event in self.events() for event in events), f"{events} in {self.name}")
         leased = {line.split()[1] for line in self.events().splitlines() if line.startswith(events)}
-        wait_for(
-            lambda: leased <= set(self.host.registry().get(self.mac, {}).values()), f"{leased} registered"
-        )
+        wait_for(lambda: leased <= set(self.host.registry().get(self.mac, {}).values()), f"{leased} registered")
 
     def pings(self, address: str) -> bool:
         """Tell whether an address answers."""
@@ -219,13 +222,9 @@ class Host(Namespace):
         self.clients.append(Client(self, label, mac))
         return self.clients[-1]
 
-    def start_dnsmasq(self) -> None:
-        """Start the bridge's dnsmasq, and return when it answers."""
-        ranges = (
-            "10.83.0.100,10.83.0.199",
-            "2001:67c:83::100,2001:67c:83::1ff,80",
-            "fd83:5eed::100,fd83:5eed::1ff,80",
-        )
+    def start_dnsmasq(self, *ranges: str) -> None:
+        """Start the bridge's dnsmasq, by default for all kinds of addresses, and return when it answers."""
+        ranges = ranges or DHCP_RANGES
         options = [
             "--conf-file=/dev/null",
             "--keep-in-foreground",
@@ -285,9 +284,7 @@ class Host(Namespace):
         """Return how many frames some of our chains have dropped."""
         listing = json.loads(self.run("nft", "-j", "list", "table", "bridge", "instances").stdout)["nftables"]
         rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
-        return sum(
-            e["counter"]["packets"] for r in rules for e in r if "counter" in e and {"drop": None} in r
-        )
+        return sum(e["counter"]["packets"] for r in rules for e in r if "counter" in e and {"drop": None} in r)
 
     def close(self) -> None:
         """Take the clients and the host away."""

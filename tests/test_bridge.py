@@ -90,13 +90,9 @@ def advertisement(attacker, target, stolen, header=None):
     if header is None:
         return ip / claim
     # 24 octets with an unknown option, which is skipped (RFC 8200, section 4.2). Its last 16 are octets 48 to
-    # 63 of the packet, where a check at a fixed offset looks for the target: an address of the attacker's own.
+    # 63 of the packet, where a check at a fixed offset looks for the target: an address of its own.
     own = scapy.inet_pton(scapy.socket.AF_INET6, addresses(attacker)["fe80"])
-    return (
-        ip
-        / header(nh=58, options=[scapy.HBHOptUnknown(otype=0x1E, optlen=20, optdata=bytes(4) + own)])
-        / claim
-    )
+    return ip / header(nh=58, options=[scapy.HBHOptUnknown(otype=0x1E, optlen=20, optdata=bytes(4) + own)]) / claim
 
 
 def arp(attacker, target, stolen, operation, asked, destination):
@@ -206,9 +202,7 @@ def test_redirect_changes_no_route(bridge, who):
     assert not redirected()
     bridge.guard(True)
     bridge.is_dropped(attacker, ip / redirect, redirected, "instances_drop_ip6")
-    own_source = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(
-        src=own, dst=ip[scapy.IPv6].dst, hlim=255
-    )
+    own_source = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(src=own, dst=ip[scapy.IPv6].dst, hlim=255)
     bridge.is_dropped(attacker, own_source / redirect, redirected, "instances_drop_rogue")
 
 
@@ -224,17 +218,13 @@ def test_datagram_from_a_forged_source_does_not_arrive(bridge, prefix, where, wh
         listener = target.start("python3", "-c", LISTENER, stdout=heard)
         path = Path(heard.name)
         bridge.guard(False)
-        wait_for(
-            lambda: attacker.send(bytes(frame / b"open")) or "open" in path.read_text(), "a forged datagram"
-        )
+        wait_for(lambda: attacker.send(bytes(frame / b"open")) or "open" in path.read_text(), "a forged datagram")
         bridge.guard(True)
         chain = "instances_drop_ip" if prefix == "10" else "instances_drop_ip6"
         bridge.is_dropped(attacker, frame / b"guarded", lambda: "guarded" in path.read_text(), chain)
         honest = frame / b"honest"
         honest.src = bridge.victim.mac
-        wait_for(
-            lambda: bridge.victim.send(bytes(honest)) or "honest" in path.read_text(), "an honest datagram"
-        )
+        wait_for(lambda: bridge.victim.send(bytes(honest)) or "honest" in path.read_text(), "an honest datagram")
         assert "guarded" not in path.read_text()
         target.stop(listener)
 
@@ -281,9 +271,7 @@ def test_rogue_server_gives_no_lease(bridge, who):
         clients[0].start_dhcp4()
         clients[0].start_dhcp6()
         wait_for(lambda: "bound 10.83.0.21" in clients[0].events(), "a rogue IPv4 lease without the chains")
-        wait_for(
-            lambda: "BOUND6 2001:67c:83::3" in clients[0].events(), "a rogue IPv6 lease without the chains"
-        )
+        wait_for(lambda: "BOUND6 2001:67c:83::3" in clients[0].events(), "a rogue IPv6 lease without the chains")
         bridge.guard(True)
         before = host.dropped(*CHAINS)
         clients[1].start_dhcp4()
@@ -307,9 +295,7 @@ def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_chains
     host.process()
     host.load_chains()
     wait_for(lambda: client.resolve("late.v4.instance.internal", "A"), "the new name")
-    wait_for(
-        lambda: all(client.addresses(prefix) for prefix in ("10", "2001", "fd83", "fe80")), "its addresses"
-    )
+    wait_for(lambda: all(client.addresses(prefix) for prefix in ("10", "2001", "fd83", "fe80")), "its addresses")
     for node, other in ((client, bridge.victim), (bridge.victim, client)):
         for address in other.addresses():
             node.run(
@@ -325,9 +311,7 @@ def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_chains
         assert client.resolve(f"victim.{subdomain}.instance.internal", kind)
     lease4.send_signal(signal.SIGUSR1)
     wait_for(lambda: "renew 10.83" in client.events(), "a renewal over IPv4")
-    wait_for(
-        lambda: all(f"RENEW6 {p}" in client.events() for p in ("2001", "fd83")), "a renewal over IPv6", 100
-    )
+    wait_for(lambda: all(f"RENEW6 {p}" in client.events() for p in ("2001", "fd83")), "a renewal over IPv6", 100)
 
 
 def test_client_with_ipv6_only_gets_leases_behind_the_chains(bridge):

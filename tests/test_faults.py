@@ -165,9 +165,7 @@ def test_error_at_any_open_write_sync_or_rename_is_one_line(stages, tmp_path, st
     for place, fault, result, folder in runs:
         what = f"{place} {fault}: {result.stderr}"
         assert result.returncode == 1 and result.stdout == "", what
-        assert (
-            result.stderr.count("\n") == 1 and "error: " in result.stderr and str(folder) in result.stderr
-        ), what
+        assert result.stderr.count("\n") == 1 and "error: " in result.stderr and str(folder) in result.stderr, what
         assert not list(folder.glob("*.tmp")) or place[0] == "unlink", what
         if start == "changed":
             check_process(stages, folder)
@@ -204,9 +202,7 @@ def test_full_disk_leaves_the_old_files(tmp_path):
     assert "update 1\nprocess 1\n" in result.stdout and ".tmp" not in result.stdout
     assert result.stderr.count("No space left on device") == 2 and "Traceback" not in result.stderr
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
-    assert result.stdout.endswith(
-        "10.0.0.2 web.instance.internal web.v4.instance.internal\n" + lla_line("web")
-    )
+    assert result.stdout.endswith("10.0.0.2 web.instance.internal web.v4.instance.internal\n" + lla_line("web"))
 
 
 def lla_line(name):
@@ -220,11 +216,7 @@ def test_sixteen_writers_and_a_reader_at_once(tmp_path):
     failures, done = [], []
 
     def check(result):
-        if (
-            result.returncode not in (0, 1, 10)
-            or "Traceback" in result.stderr
-            or result.stderr.count("\n") > 1
-        ):
+        if result.returncode not in (0, 1, 10) or "Traceback" in result.stderr or result.stderr.count("\n") > 1:
             failures.append(result)
         return result.returncode
 
@@ -232,14 +224,7 @@ def test_sixteen_writers_and_a_reader_at_once(tmp_path):
         chance, own = random.Random(writer), {}
         for number in range(leases):
             mac = f"10:66:6a:00:{writer:02x}:{number:02x}"
-            if (
-                check(
-                    run_script(
-                        UPDATE, "add", mac, f"10.{writer}.0.{number}", f"w{writer}-{number}", base=base
-                    )
-                )
-                == 0
-            ):
+            if check(run_script(UPDATE, "add", mac, f"10.{writer}.0.{number}", f"w{writer}-{number}", base=base)) == 0:
                 own[mac] = {"ipv4": f"10.{writer}.0.{number}", "name": f"w{writer}-{number}"}
             if own and chance.random() < 0.2:
                 other = chance.choice(list(own))
@@ -279,9 +264,9 @@ def test_one_address_that_many_want_ends_with_one(tmp_path):
     assert all(result.returncode == 0 for result in results)
     registry = json.loads(base.with_suffix(".json").read_text()).values()
     assert len(registry) == 24
-    assert [i["ipv4"] for i in registry if "ipv4" in i] == ["10.0.0.1"] and [
-        i["name"] for i in registry
-    ].count("web") == 1
+    assert [i["ipv4"] for i in registry if "ipv4" in i] == ["10.0.0.1"] and [i["name"] for i in registry].count(
+        "web"
+    ) == 1
 
 
 def test_killed_holder_of_the_lock_holds_nobody_up(tmp_path):

@@ -6,8 +6,7 @@ from lab import PROCESS, TOP, UPDATE
 def shared_block(script):
     lines = script.read_text().splitlines()
     begin, end = (
-        next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
-        for word in ("Shared", "End")
+        next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}")) for word in ("Shared", "End")
     )
     return lines[begin : end + 1]
 

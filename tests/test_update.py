@@ -83,9 +83,7 @@ def test_ipv6_lease_without_mac_does_nothing(base, variables):
 )
 def test_unusable_name_leaves_new_instance_unnamed(base, name):
     result = run(base, "add", MAC, "10.83.0.11", name)
-    assert (
-        result.returncode == 0 and read(base)[MAC]["name"] == "" and read(base)[MAC]["ipv4"] == "10.83.0.11"
-    )
+    assert result.returncode == 0 and read(base)[MAC]["name"] == "" and read(base)[MAC]["ipv4"] == "10.83.0.11"
     assert result.stderr.count("\n") == 1 and result.stderr.isascii() and result.stderr[:-1].isprintable()
     assert "warning" in result.stderr and "name" in result.stderr
 
@@ -209,9 +207,7 @@ def test_bad_base_id_is_an_error(base, base_id):
 def test_base_id_follows_the_path_after_a_hyphen(base):
     run(base, "add", MAC, "10.0.0.1", INSTANCES_BASE_ID="br0.1_a-b")
     names = {"instances-br0.1_a-b.json", "instances-br0.1_a-b.updated", "instances-br0.1_a-b.lock"}
-    assert names - set(files(base)) <= {
-        "instances-br0.1_a-b.lock"
-    }  # which some releases of filelock take away
+    assert names - set(files(base)) <= {"instances-br0.1_a-b.lock"}  # which some releases of filelock take away
 
 
 @pytest.mark.parametrize(
@@ -240,9 +236,7 @@ def test_help_is_on_standard_output(base, argument):
     assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("usage:")
 
 
-@pytest.mark.parametrize(
-    "action", ["del", "init", "tftp", "arp-add", "arp-del", "relay-snoop", "new-one", ""]
-)
+@pytest.mark.parametrize("action", ["del", "init", "tftp", "arp-add", "arp-del", "relay-snoop", "new-one", ""])
 @pytest.mark.parametrize("arguments", [(), (MAC, "10.0.0.1", "web")])
 def test_other_action_is_ignored_without_a_byte(base, action, arguments):
     result = run(base, action, *arguments, INSTANCES_BASE_ID="/bad")
@@ -330,9 +324,7 @@ def test_unreadable_registry_is_an_error(base):
     base.with_suffix(".json").chmod(0)
     for folder in (base.parent, *base.parents[1:3]):  # for a user who is not root
         folder.chmod(0o755)
-    as_nobody = (
-        "import _socket, filelock, json, os, sys; os.setuid(65534); sys.argv.pop(0); exec(sys.stdin.read())"
-    )
+    as_nobody = "import _socket, filelock, json, os, sys; os.setuid(65534); sys.argv.pop(0); exec(sys.stdin.read())"
     command = [sys.executable, "-c", as_nobody, str(UPDATE), "add", MAC, "10.0.0.1"]
     source = UPDATE.read_text().replace("__file__", repr(str(UPDATE)))
     result = subprocess.run(command, input=source, env=environment(base), capture_output=True, text=True)
@@ -342,9 +334,7 @@ def test_unreadable_registry_is_an_error(base):
 
 def test_missing_directory_is_an_error_and_not_made(base):
     result = run(base.parent / "none" / "instances", "add", MAC, "10.0.0.1")
-    assert (
-        result.returncode == 1 and result.stderr.count("\n") == 1 and f"{base.parent}/none" in result.stderr
-    )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and f"{base.parent}/none" in result.stderr
     assert not (base.parent / "none").exists()
 
 
@@ -394,9 +384,7 @@ def test_planted_link_in_the_temporary_file_is_not_followed(base):
 def test_output_that_nobody_reads_changes_nothing(base):
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
-        result = subprocess.run(
-            command, env=environment(base), stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        result = subprocess.run(command, env=environment(base), stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (0, "") and MAC in read(base)
 
 

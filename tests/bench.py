@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""Show what the scripts and the chains cost: medians, and ratios of runs that took turns. Nothing is asserted.
+
+As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about five minutes.
+"""
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from conftest import load
+from lab import CHAINS_TABLE, PROCESS, UPDATE, Host, environment, wait_for
+
+SIZES = (1, 100, 1_000, 10_000)
+PAIRS = 20
+PYTHON = [sys.executable]
+BARE = [*PYTHON, "-c", "pass"]
+UPDATE_MODULE = load(UPDATE)
+# Send an ARP request of the first instance to all, so many times, and print the microseconds that each took.
+SENDER = """\
+import socket, sys, time
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+s.bind(("eth0", 0))
+frame, count = bytes.fromhex(sys.argv[1]), 20000
+begin = time.perf_counter()
+for _ in range(count):
+    s.send(frame)
+print((time.perf_counter() - begin) / count * 1e6)
+"""
+
+
+def mac(number: int) -> str:
+    """Return the MAC address of an instance."""
+    return f"10:66:6a:00:{number >> 8:02x}:{number & 255:02x}"
+
+
+def ipv4(number: int, network: int = 83) -> str:
+    """Return the IPv4 address of an instance."""
+    return f"10.{network}.{number >> 8}.{number & 255}"
+
+
+def write_registry(base: Path, count: int) -> None:
+    """Write a registry of instances with an IPv4, a global, a unique local and a link-local address each."""
+    registry = {
+        mac(n): {
+            "name": f"web-{n}",
+            "ipv6_lla": UPDATE_MODULE.link_local(mac(n)),
+            "ipv4": ipv4(n),
+            "ipv6_gua": f"2001:67c:83::{n + 1:x}",
+            "ipv6_ula": f"fd83:5eed::{n + 1:x}",
+        }
+        for n in range(count)
+    }
+    Path(f"{base}.json").write_text(UPDATE_MODULE.registry_text(registry))
+
+
+def timed(command: list, env: dict | None = None, **options) -> tuple[float, int]:
+    """Run a command; return the milliseconds that it took and its peak memory in KiB."""
+    begin = time.perf_counter()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=env, **quiet | options)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (0, 10), command
+    return (time.perf_counter() - begin) * 1000, usage.ru_maxrss
+
+
+def show(what: str, size: int | str, ours: str, other: str, ratio: float | str, note: str = "") -> None:
+    """Print a line of the table."""
+    ratio = f"{ratio:.2f}" if isinstance(ratio, float) else ratio
+    print(f"| {what} | {size} | {ours} | {other} | {ratio} | {note} |", flush=True)
+
+
+def row(what: str, base: Path, *commands: list, marker: bool = False) -> float:
+    """Print a row: a command (of several, one after the other) in turn with a bare start; return the ratio."""
+    env, pairs, memory = environment(base), [], 0
+    for number in range(PAIRS + 2):
+        if marker:
+            Path(f"{base}.updated").touch()
+        ours, used = timed([*PYTHON, *commands[number % len(commands)]], env)
+        pairs.append((ours, timed(BARE, env)[0]))
+        memory = max(memory, used)
+    pairs = pairs[2:]  # the first two warmed up
+    ratio = statistics.median(ours / bare for ours, bare in pairs)
+    ours, bare = (f"{statistics.median(column):.1f} ms" for column in zip(*pairs))
+    show(
+        what,
+        f"{int(base.name):,}",
+        ours,
+        bare,
+        ratio,
+        f"{memory / 1024:.0f} MiB at the most" if marker else "",
+    )
+    return ratio
+
+
+def rows(what: str, folder: Path, commands, marker: bool = False) -> None:
+    """Print a row for each size, and how the ratio grows."""
+    ratios = [row(what, folder / str(size), *commands(size - 1), marker=marker) for size in SIZES]
+    show("… growth", "100 to 10,000", "", "", ratios[3] / ratios[1])
+
+
+def measure_scripts(folder: Path) -> None:
+    """Measure the runs of the two scripts."""
+    for size in SIZES:
+        write_registry(folder / str(size), size)
+    row("ignored action (`del`)", folder / "10000", [UPDATE, "del", mac(1), ipv4(1)])
+    rows("registered lease (`old`), the registry's last", folder, lambda n: [[UPDATE, "old", mac(n), ipv4(n)]])
+    row("processor without a marker", folder / "10000", [PROCESS])
+    rows("processor with a marker", folder, lambda n: [[PROCESS]], marker=True)
+    rows(
+        "lease that changes an address",
+        folder,
+        lambda n: [[UPDATE, "old", mac(n), ipv4(n, network)] for network in (98, 99)],
+    )
+
+
+def measure_restart(folder: Path) -> None:
+    """Measure a dnsmasq that starts with 1,000 leases, all registered but the first and the last of its file.
+
+    Registering these two shows that all are done, whichever way dnsmasq goes through them.
+    """
+    host, count = Host(folder, ("10.83.0.1/16",)), 1000
+    try:
+        write_registry(host.base, count - 1)
+        registry = host.registry()
+        del registry[mac(0)]
+        Path(f"{host.base}.json").write_text(UPDATE_MODULE.registry_text(registry))
+        expiry = int(time.time()) + 86400
+        leases = "".join(f"{expiry} {mac(n)} {ipv4(n)} web-{n} *\n" for n in range(count))
+        (folder / "leases").write_text(leases.replace(ipv4(0), ipv4(2000)))
+        begin = time.perf_counter()
+        host.start_dnsmasq("10.83.0.0,10.83.255.254,255.255.0.0")
+        ends = {mac(0), mac(count - 1)}
+        wait_for(lambda: ends <= host.registry().keys(), "the last lease", 120)
+        restart = time.perf_counter() - begin
+        bare = sum(timed(BARE, environment(host.base))[0] for _ in range(count)) / 1000
+        show(
+            "dnsmasq restart with 1,000 registered leases",
+            "1,000",
+            f"{restart:.1f} s",
+            f"{bare:.1f} s",
+            restart / bare,
+        )
+    finally:
+        host.close()
+
+
+def measure_frames(folder: Path) -> None:
+    """Measure a broadcast ARP frame across a bridge with four ports, and the loading of the chains."""
+    host = Host(folder)
+    try:
+        sender = host.client("sender", mac(0))
+        for number in range(1, 4):
+            host.client(f"port{number}", mac(10_000 + number))
+        octets = mac(0).replace(":", "")
+        frame = f"ffffffffffff{octets}08060001080006040001{octets}0a530000000000000000" + "0a530009" + 18 * "00"
+        empty = host.folder / "empty.nft"
+        empty.write_text("table bridge instances\ndelete table bridge instances\n" + EMPTY_TABLE)
+        loaded = {}
+        for size in SIZES[1:]:
+            base = folder / str(size)
+            write_registry(base, size)
+            timed([*PYTHON, PROCESS, "-f"], environment(base))
+            loaded[size] = folder / f"{size}.nft"
+            loaded[size].write_text(CHAINS_TABLE % f"{base}.nftables_chains")
+        costs = {file: [] for file in (empty, *loaded.values())}
+        for _ in range(PAIRS + 1):
+            for file, cost in costs.items():
+                host.run("nft", "-f", file)
+                cost.append(float(sender.run(*PYTHON, "-c", SENDER, frame).stdout))
+        medians = {file: statistics.median(cost[1:]) for file, cost in costs.items()}
+        ratios = {}
+        for size, file in loaded.items():
+            ratios[size] = statistics.median(a / b for a, b in zip(costs[file][1:], costs[empty][1:]))
+            both = (f"{medians[f]:.2f} µs" for f in (file, empty))
+            show("broadcast ARP frame, five chains / empty chain", f"{size:,}", *both, ratios[size])
+        show("… growth", "100 to 10,000", "", "", ratios[10_000] / ratios[100])
+        one_a_rule = folder / "rules.nft"
+        one_a_rule.write_text(rule_an_address(10_000))
+        times = {file: [] for file in (loaded[10_000], one_a_rule)}
+        for _ in range(5):
+            for file, elapsed in times.items():
+                elapsed.append(timed(host.command("nft", "-f", file))[0])
+        ours, rules = (statistics.median(elapsed) for elapsed in times.values())
+        what = "`nft -f` of the chains / of a rule an address, ARP and NDP only"
+        show(what, "10,000", f"{ours:.0f} ms", f"{rules:.0f} ms", ours / rules)
+    finally:
+        host.close()
+
+
+EMPTY_TABLE = "table bridge instances { chain forward { type filter hook forward priority 0; }; }\n"
+
+
+def rule_an_address(count: int) -> str:
+    """Return a table with the ARP and NDP chains as one rule an address."""
+    arp = [f'ether saddr {mac(n)} arp saddr ip {ipv4(n)} counter return comment "web-{n}"' for n in range(count)]
+    ndp = []
+    for n in range(count):
+        for address in (UPDATE_MODULE.link_local(mac(n)), f"2001:67c:83::{n + 1:x}", f"fd83:5eed::{n + 1:x}"):
+            packed = UPDATE_MODULE.parse_address(address)[2].hex()
+            ndp.append(f'ether saddr {mac(n)} @nh,384,128 0x{packed} counter return comment "web-{n}"')
+    chains = (
+        f"chain {name} {{\n{chr(10).join(rules)}\ncounter drop\n}}\n" for name, rules in (("arp", arp), ("ndp", ndp))
+    )
+    return f"table bridge rules\ndelete table bridge rules\ntable bridge rules {{\n{''.join(chains)}}}\n"
+
+
+def measure_way_in(folder: Path) -> None:
+    """Measure from a client's DHCPACK to its first answered ping, the processor started by the marker."""
+    for size in (1, 10_000):
+        host = Host(folder / str(size))
+        try:
+            write_registry(host.base, size)
+            host.update("--initialize", "br0", "host")
+            host.process()
+            host.load_chains()
+            host.start_dnsmasq()
+            client = host.client("new", "10:66:6a:ff:00:01")
+            client.start_dhcp4()
+            wait_for(Path(f"{host.base}.updated").exists, "the marker")
+            host.process()
+            host.load_chains()
+            pings = client.run("ping", "-n", "-D", "-i", "0.002", "-w", "10", "-c", "1", "10.83.0.1").stdout
+            answered = float(re.search(r"^\[(.*?)\] 64 bytes", pings, re.MULTILINE)[1])
+            bound = Path(f"{client.script}.log").stat().st_mtime
+            show("from DHCPACK to the first answered ping", f"{size:,}", f"{answered - bound:.2f} s", "", "")
+        finally:
+            host.close()
+
+
+def main() -> None:
+    """Print the table."""
+    nft = subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.split()[1]
+    python = f"Python {platform.python_version()}, filelock {version('filelock')}"
+    print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
+    print("| what | instances | ours | bare Python or other | ratio | |\n| --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as name:
+        for measure in (measure_scripts, measure_restart, measure_frames, measure_way_in):
+            folder = Path(name) / measure.__name__
+            folder.mkdir()
+            if measure is measure_way_in:
+                for size in (1, 10_000):
+                    (folder / str(size)).mkdir()
+            measure(folder)
+
+
+if __name__ == "__main__":
+    main()
