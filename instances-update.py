@@ -213,7 +213,8 @@ def registry_text(registry):
     """Return the registry as JSON with a line a field, the form that is_registered reads."""
     from json import dumps
 
-    return "{\n" + dumps(registry, separators=(",\n", ": "))[1:] + "\n"
+    text = dumps(registry, separators=(",\n", ": "))
+    return f"{{\n{text[1:]}\n"
 
 
 def is_registered(text, mac, field, address):

@@ -61,15 +61,20 @@ def write_registry(base: Path, count: int) -> None:
     Path(f"{base}.json").write_text(UPDATE_MODULE.registry_text(registry))
 
 
-def timed(command: list, env: dict | None = None, **options) -> tuple[float, int]:
-    """Run a command; return the milliseconds that it took and its peak memory in KiB."""
+def timed(command: list, env: dict | None = None) -> float:
+    """Run a command; return the milliseconds that it took."""
     begin = time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=env, **quiet | options)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode in (0, 10), command
-    return (time.perf_counter() - begin) * 1000, usage.ru_maxrss
+    status = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+    assert status in (0, 10), command
+    return (time.perf_counter() - begin) * 1000
+
+
+def peak_memory(command: list, env: dict) -> str:
+    """Run a command below a small parent, whose memory counts at first; return the most that it had."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stderr=-3); "
+    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)"
+    result = subprocess.run([*PYTHON, "-c", code, *command], env=env, capture_output=True, text=True)
+    return f"{result.stdout.strip()} MiB at the most"
 
 
 def show(what: str, size: int | str, ours: str, other: str, ratio: float | str, note: str = "") -> None:
@@ -80,24 +85,16 @@ def show(what: str, size: int | str, ours: str, other: str, ratio: float | str, 
 
 def row(what: str, base: Path, *commands: list, marker: bool = False) -> float:
     """Print a row: a command (of several, one after the other) in turn with a bare start; return the ratio."""
-    env, pairs, memory = environment(base), [], 0
+    env, pairs = environment(base), []
     for number in range(PAIRS + 2):
         if marker:
             Path(f"{base}.updated").touch()
-        ours, used = timed([*PYTHON, *commands[number % len(commands)]], env)
-        pairs.append((ours, timed(BARE, env)[0]))
-        memory = max(memory, used)
+        pairs.append((timed([*PYTHON, *commands[number % len(commands)]], env), timed(BARE, env)))
     pairs = pairs[2:]  # the first two warmed up
     ratio = statistics.median(ours / bare for ours, bare in pairs)
     ours, bare = (f"{statistics.median(column):.1f} ms" for column in zip(*pairs))
-    show(
-        what,
-        f"{int(base.name):,}",
-        ours,
-        bare,
-        ratio,
-        f"{memory / 1024:.0f} MiB at the most" if marker else "",
-    )
+    note = peak_memory([*PYTHON, *commands[0], "-f"], env) if marker else ""
+    show(what, f"{int(base.name):,}", ours, bare, ratio, note)
     return ratio
 
 
@@ -112,7 +109,7 @@ def measure_scripts(folder: Path) -> None:
     for size in SIZES:
         write_registry(folder / str(size), size)
     row("ignored action (`del`)", folder / "10000", [UPDATE, "del", mac(1), ipv4(1)])
-    rows("registered lease (`old`), the registry's last", folder, lambda n: [[UPDATE, "old", mac(n), ipv4(n)]])
+    rows("registered lease (`old`)", folder, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
     row("processor without a marker", folder / "10000", [PROCESS])
     rows("processor with a marker", folder, lambda n: [[PROCESS]], marker=True)
     rows(
@@ -141,7 +138,7 @@ def measure_restart(folder: Path) -> None:
         ends = {mac(0), mac(count - 1)}
         wait_for(lambda: ends <= host.registry().keys(), "the last lease", 120)
         restart = time.perf_counter() - begin
-        bare = sum(timed(BARE, environment(host.base))[0] for _ in range(count)) / 1000
+        bare = sum(timed(BARE, environment(host.base)) for _ in range(count)) / 1000
         show(
             "dnsmasq restart with 1,000 registered leases",
             "1,000",
@@ -188,7 +185,7 @@ def measure_frames(folder: Path) -> None:
         times = {file: [] for file in (loaded[10_000], one_a_rule)}
         for _ in range(5):
             for file, elapsed in times.items():
-                elapsed.append(timed(host.command("nft", "-f", file))[0])
+                elapsed.append(timed(host.command("nft", "-f", file)))
         ours, rules = (statistics.median(elapsed) for elapsed in times.values())
         what = "`nft -f` of the chains / of a rule an address, ARP and NDP only"
         show(what, "10,000", f"{ours:.0f} ms", f"{rules:.0f} ms", ours / rules)
@@ -208,7 +205,8 @@ def rule_an_address(count: int) -> str:
             packed = UPDATE_MODULE.parse_address(address)[2].hex()
             ndp.append(f'ether saddr {mac(n)} @nh,384,128 0x{packed} counter return comment "web-{n}"')
     chains = (
-        f"chain {name} {{\n{chr(10).join(rules)}\ncounter drop\n}}\n" for name, rules in (("arp", arp), ("ndp", ndp))
+        f"chain {name} {{\n{chr(10).join(rules)}\ncounter drop\n}}\n"
+        for name, rules in (("drop_arp", arp), ("drop_ndp", ndp))
     )
     return f"table bridge rules\ndelete table bridge rules\ntable bridge rules {{\n{''.join(chains)}}}\n"
 
