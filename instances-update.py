@@ -219,7 +219,8 @@ def registry_text(registry):
 
 def is_registered(text, mac, field, address):
     """Tell whether a registry's JSON (bytes) has a lease, without parsing it: True is proof, False is none."""
-    start = text.find(f'\n"{mac}": {{'.encode()) + 1
+    key = f'"{mac}"'.encode()
+    start = text.find(key)
     end = text.find(b"}", start) + 1
     instance = text[start:end]
     return (
@@ -229,13 +230,15 @@ def is_registered(text, mac, field, address):
         # Without a backslash each quote begins or ends a string, and a string of JSON has no line break: so the
         # instance begins and ends where it seems to, with no other object inside, in a text that was not cut off.
         and b"\\" not in text
+        and text.startswith(b"\n" + key + b": {", start - 1)
         and instance.count(b"{") == 1
         and text.startswith((b",\n", b"}\n"), end)
         and text.endswith(b"}}\n")
         # It is in the outermost object: above, no brace opens but that one's and those that close at a line's end.
         and text.count(b"{", 0, start) == text.count(b"},\n", 0, start) + 1
         # Neither it nor the address stands elsewhere.
-        and text.count(f'"{mac}"'.encode()) == text.count(f'"{address}"'.encode()) == 1
+        and text.find(key, end) == -1
+        and text.count(f'"{address}"'.encode()) == 1
     )
 
 

@@ -166,6 +166,7 @@ REGISTERED = ("10:66:6a:00:00:00", "10.0.0.1")  # for M and A in the examples
 @example("""{\n"a": {"x": {},\nM: {"ipv4": A}}}\n""", *REGISTERED)
 @example("""{\n"a": {"}": "},", "x":\n{\nM: {"ipv4": A}}}}\n""", *REGISTERED)
 @example("""{\nM: {"x": {"ipv4": A},\n"y": 1}}\n""", *REGISTERED)
+@example("""{\n"a": "10:66:6a:00:00:00",\n"b": {"ipv4": A}}\n""", *REGISTERED)
 @example("""{\n"a": {"x": {},\nM: {"ipv4": A},\n"y": {}}}\n""", *REGISTERED)
 @example("""{\nM: {"x": {"y": 1}, "ipv4": A}}\n""", *REGISTERED)
 @example("""{\nM: {"ipv4": A, "x": "}",\n"ipv4": "10.0.0.2"}}\n""", *REGISTERED)
