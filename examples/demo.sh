@@ -10,8 +10,9 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
 host=demo$$-host web=demo$$-web db=demo$$-db
 processes=
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin # as a service has it: with Debian's Python
+export PATH="$top:/usr/sbin:/usr/bin:/sbin:/bin" # as a service has it: with Debian's Python
 export INSTANCES_BASE_PATH="$folder/instances" INSTANCES_ADDRESS_SETS=host,web
+export INSTANCES_SETTINGS=/dev/null INSTANCES_RULES="$folder/rules" RUNTIME_DIRECTORY="$folder/run"
 
 finish() {
     status=$?
@@ -56,13 +57,6 @@ background() {
     processes="$processes $!"
 }
 
-# publish: what a service does after an update
-publish() {
-    on $host "$top/instances-process.py"
-    cp "$folder/instances.hosts" "$folder/new" && mv "$folder/new" "$folder/hosts.d/instances.hosts"
-    on $host nft -f "$folder/bridge.nft"
-}
-
 cat >"$folder/client" <<'END'
 #!/bin/sh
 # what both DHCP clients run: take the address
@@ -71,39 +65,11 @@ bound | renew) ip address replace "$ip/24" dev "$interface" ;;
 BOUND6 | RENEW6) ip address replace "$new_ip6_address/$new_ip6_prefixlen" dev "$interface" ;;
 esac
 END
-cat >"$folder/bridge.nft" <<END
-table bridge instances
-delete table bridge instances
-table bridge instances {
-    include "$folder/instances.nftables_chains"
-    chain guard {
-        ether type arp jump instances_drop_arp
-        ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
-        ether type ip jump instances_drop_ip
-        ether type ip6 jump instances_drop_ip6
-        jump instances_drop_rogue
-    }
-    chain input { type filter hook input priority 0; jump guard; }
-    chain forward { type filter hook forward priority 0; jump guard; }
-}
-END
-cat >"$folder/dnsmasq.conf" <<END
-interface=br0
-bind-interfaces
-no-hosts
-no-resolv
-pid-file=
-dhcp-leasefile=$folder/leases
-dhcp-range=10.83.0.100,10.83.0.199,10m
-dhcp-range=2001:67c:83::100,2001:67c:83::1ff,80,10m
-dhcp-range=fd83:5eed::100,fd83:5eed::1ff,80,10m
-enable-ra
-local=/instance.internal/
-hostsdir=$folder/hosts.d
-dhcp-script=$top/instances-update.py
-END
 chmod 755 "$folder" "$folder/client"
-mkdir "$folder/hosts.d"
+# the examples, with this folder's paths
+mkdir "$folder/rules" "$folder/instances.hosts.d"
+sed "s#/var/lib/misc#$folder#" "$top/examples/nftables/bridge.nft" >"$folder/rules/bridge.nft"
+sed "s#/var/lib/misc#$folder#; s#/usr/local/sbin#$top#" "$top/examples/dnsmasq/br0.conf" >"$folder/dnsmasq.conf"
 
 step "A bridge on a host, with an IPv4, a global and a unique local IPv6 address"
 ip netns add $host
@@ -115,8 +81,8 @@ on $host ip address add fd83:5eed::1/80 dev br0 nodad
 expect 'br0 .*10\.83\.0\.1/24' on $host ip -brief address show dev br0
 
 step "The administrator registers the bridge, then starts dnsmasq on it"
-expect 'host: initialized' on $host "$top/instances-update.py" --initialize br0 host
-background $host dnsmasq --conf-file="$folder/dnsmasq.conf" --keep-in-foreground --log-facility=-
+expect 'host: initialized' on $host instances-update.py --initialize br0 host
+background $host dnsmasq --conf-file="$folder/dnsmasq.conf" --no-resolv --pid-file --keep-in-foreground --log-facility=-
 until_true grep -q 'started, version' "$folder/log"
 expect 'started' grep 'dnsmasq.*started' "$folder/log"
 
@@ -144,8 +110,8 @@ for client in $web $db; do
 done
 expect '"name": "db"' cat "$folder/instances.json"
 
-step "The processor makes the names, the chains and the sets of it; they are loaded"
-publish 2>"$folder/summary"
+step "The processor makes the names, the chains and the sets of it; instances-apply hands them over"
+on $host "$top/examples/systemd/instances-apply" 2>"$folder/summary"
 expect '3 instances, 12 host addresses, 24 set elements' cat "$folder/summary"
 expect '10:66:6a:4c:a1:12.*"db"' on $host nft list set bridge instances instances_ip
 until_true sh -c "ip netns exec $web dig +short @10.83.0.1 db.instance.internal | grep -q ."
@@ -184,9 +150,9 @@ expect "$(address db g6) .*10:66:6a:4c:a1:12" on $host ip neighbour show "$(addr
 
 step "The administrator renames db to store and removes web: the names follow"
 address=$(address db v4)
-expect 'store: renamed' on $host "$top/instances-update.py" --rename 10:66:6a:4c:a1:12 store
-expect 'web: removed' on $host "$top/instances-update.py" --remove 10:66:6a:4c:a1:11
-publish 2>"$folder/summary"
+expect 'store: renamed' on $host instances-update.py --rename 10:66:6a:4c:a1:12 store
+expect 'web: removed' on $host instances-update.py --remove 10:66:6a:4c:a1:11
+on $host "$top/examples/systemd/instances-apply" 2>"$folder/summary"
 expect '2 instances' cat "$folder/summary"
 until_true sh -c "ip netns exec $db dig +short @10.83.0.1 store.v4.instance.internal | grep -q ."
 expect "$address" on $db dig +noall +answer @10.83.0.1 store.v4.instance.internal
@@ -195,4 +161,4 @@ for name in db web; do
 done
 
 step "Without a further change, the processor has nothing to do and says so by its exit status"
-expect '^10$' sh -c "'$top/instances-process.py'; echo \$?"
+expect '^10$' sh -c 'instances-process.py; echo $?'

@@ -49,7 +49,7 @@ case "${1-}${reason-}" in
 bound | renew) ip address replace "$ip/24" dev "$interface" ;;
 BOUND6 | RENEW6 | REBIND6) ip address replace "$new_ip6_address/$new_ip6_prefixlen" dev "$interface" nodad ;;
 esac
-echo "${1-}${reason-} ${ip-}${new_ip6_address-}" >> "$0.log"
+echo "${1-}${reason-} ${ip-}${new_ip6_address-} router=${router-} mtu=${mtu-}" >> "$0.log"
 """
 
 
@@ -146,7 +146,7 @@ class Client(Namespace):
     def start_dhcp4(self, hostname: str = "") -> subprocess.Popen:
         """Start udhcpc; what it gets is in events()."""
         options = ["-x", f"hostname:{hostname}"] if hostname else []
-        command = ["udhcpc", "-f", "-i", "eth0", "-s", self.script, "-T", "1", "-A", "1", *options]
+        command = ["udhcpc", "-f", "-i", "eth0", "-s", self.script, "-T", "1", "-A", "1", "-O", "mtu", *options]
         return self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def start_dhcp6(self, hostname: str = "") -> subprocess.Popen:
@@ -207,12 +207,12 @@ class Client(Namespace):
 class Host(Namespace):
     """A host with the bridge br0, a dnsmasq that runs our script, and our files in a folder."""
 
-    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES):
+    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES, mac: str = HOST_MAC):
         super().__init__("host")
-        self.folder, self.base, self.mac, self.dnsmasq = folder, folder / "instances", HOST_MAC, None
+        self.folder, self.base, self.mac, self.dnsmasq = folder, folder / "instances", mac, None
         self.clients: list[Client] = []
         (folder / "hosts.d").mkdir()
-        self.run("ip", "link", "add", "br0", "address", HOST_MAC, "type", "bridge")
+        self.run("ip", "link", "add", "br0", "address", mac, "type", "bridge")
         self.run("ip", "link", "set", "br0", "up")
         for address in addresses:
             self.run("ip", "address", "add", address, "dev", "br0", "nodad")
@@ -222,39 +222,35 @@ class Host(Namespace):
         self.clients.append(Client(self, label, mac))
         return self.clients[-1]
 
-    def start_dnsmasq(self, *ranges: str) -> None:
-        """Start the bridge's dnsmasq, by default for all kinds of addresses, and return when it answers."""
-        ranges = ranges or DHCP_RANGES
+    def start_dnsmasq(self, *ranges: str, config: Path = Path("/dev/null")) -> None:
+        """Start the bridge's dnsmasq, by a configuration or for all kinds of addresses; return when it answers."""
         options = [
-            "--conf-file=/dev/null",
+            f"--conf-file={config}",
             "--keep-in-foreground",
             "--user=root",
-            "--interface=br0",
-            "--bind-interfaces",
-        ]
-        options += [
-            "--no-hosts",
             "--no-resolv",
             "--no-poll",
             "--pid-file",
-            "--log-facility=-",
-            f"--domain={DOMAIN}",
         ]
-        options += [f"--dhcp-range={r},120" for r in ranges] + [
-            "--enable-ra",
-            "--script-on-renewal",
-            "--log-dhcp",
-        ]
-        options += [f"--local=/{DOMAIN}/", f"--hostsdir={self.folder}/hosts.d", f"--dhcp-script={UPDATE}"]
-        options += [
-            f"--dhcp-leasefile={self.folder}/leases",
-            "--dhcp-authoritative",
-            "--dhcp-ignore-names=set:unnamed",
-        ]
+        options += ["--log-facility=-", "--log-dhcp"]
+        if config == Path("/dev/null"):
+            options += ["--interface=br0", "--bind-interfaces", "--no-hosts", f"--hostsdir={self.folder}/hosts.d"]
+            options += [f"--dhcp-range={r},120" for r in ranges or DHCP_RANGES] + ["--enable-ra", "--script-on-renewal"]
+            options += [f"--local=/{DOMAIN}/", f"--dhcp-script={UPDATE}", f"--dhcp-leasefile={self.folder}/leases"]
+            options += ["--dhcp-authoritative"]
         started = self.log.read_text().count("started, version") if self.log.exists() else 0
         with open(self.log, "a") as log:
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
+
+    def example(self, name: str) -> Path:
+        """Return a copy of an example's file with this host's paths."""
+        copy = self.folder / Path(name).name
+        text = (TOP / "examples" / name).read_text()
+        for installed, here in (("/var/lib/misc", self.folder), ("/usr/local/sbin", TOP)):
+            text = text.replace(installed, str(here))
+        copy.write_text(text)
+        return copy
 
     @property
     def log(self) -> Path:

@@ -1,14 +1,18 @@
-"""The examples, run for real."""
+"""The examples, run for real, or read by the tool that they are for."""
 
+import json
 import os
+import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import TOP
+from lab import PROCESS, TOP, UPDATE, Host, Namespace, environment, wait_for
 
+pytestmark = pytest.mark.slow
 EXAMPLES = TOP / "examples"
 
 
@@ -29,3 +33,438 @@ def test_demo_comes_out_as_expected_and_leaves_nothing(folder):
     assert subprocess.run(["ip", "netns"], capture_output=True).stdout == namespaces
     assert not os.listdir(folder)
     assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if bytes(folder) in path.read_bytes()]
+
+
+def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a command; an AssertionError shows the output of one that failed."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+class Applied:
+    """A host with the examples' files in its folder, and instances-apply."""
+
+    def __init__(self, host: Host):
+        self.host, self.rules = host, host.folder / "rules"
+        self.rules.mkdir()
+        for name in ("bridge.nft", "firewall.nft"):
+            host.example(f"nftables/{name}").rename(self.rules / name)
+        self.variables = {"INSTANCES_SETTINGS": "/dev/null", "INSTANCES_RULES": str(self.rules)}
+        self.variables |= {"RUNTIME_DIRECTORY": str(host.folder / "run"), "INSTANCES_ADDRESS_SETS": "host,web"}
+
+    def apply(self, **options) -> subprocess.CompletedProcess:
+        env = environment(self.host.base, **self.variables)
+        env["PATH"] = f"{TOP}:{env['PATH']}"
+        return self.host.run(EXAMPLES / "systemd" / "instances-apply", env=env, **options)
+
+
+@pytest.fixture
+def applied(host):
+    return Applied(host)
+
+
+def test_dnsmasq_example_leads_from_a_lease_to_a_name_and_a_guard(applied):
+    host = applied.host
+    host.update("--initialize", "br0", "host")
+    (host.folder / "instances.hosts.d").mkdir()
+    host.start_dnsmasq(config=host.example("dnsmasq/br0.conf"))
+    web, wpad = host.client("web", "10:66:6a:4c:a1:11"), host.client("wpad", "10:66:6a:4c:a1:12")
+    web.dhcp4("web")
+    web.dhcp6("web")
+    wpad.dhcp4("wpad")
+    assert host.registry()[wpad.mac]["name"] == ""
+    assert "3 instances" in applied.apply().stderr
+    wait_for(lambda: web.resolve("web.v4.instance.internal", "A") == web.addresses("10"), "the name")
+    assert sorted(web.resolve("web.v6.instance.internal", "AAAA")) == sorted(
+        web.addresses("2001") + web.addresses("fd83")
+    )
+    wait_for(lambda: web.pings("10.83.0.1"), "the host behind the guard")
+    tables = host.run("nft", "list", "tables").stdout
+    assert "table bridge instances" in tables and "table inet instances" in tables
+    assert web.addresses("10")[0] in host.run("nft", "list", "set", "inet", "instances", "web.v4.instance").stdout
+    assert (applied.apply().stdout, applied.apply().stderr) == ("", "")
+
+
+@pytest.mark.parametrize("tag", ["VLAN tag", "other protocol"])
+def test_nftables_example_drops_tags_and_other_protocols(applied, tag):
+    host = applied.host
+    host.update("--initialize", "br0", "host")
+    client, other = host.client("web", "10:66:6a:4c:a1:11"), host.client("db", "10:66:6a:4c:a1:12")
+    host.update("add", client.mac, "10.83.0.11", "web")
+    applied.apply()
+    header = "ffffffffffff" + client.mac.replace(":", "")
+    arp = "08060001080006040001" + client.mac.replace(":", "") + "0a53000b" + 6 * "00" + "0a530001" + 18 * "00"
+    frame = header + ("81000005" + arp if tag == "VLAN tag" else "88b5" + 46 * "00")
+
+    def received():
+        counters = other.run("ip", "-json", "-statistics", "link", "show", "dev", "eth0").stdout
+        return json.loads(counters)[0]["stats64"]["rx"]["packets"]
+
+    def dropped():
+        listing = host.run("nft", "list", "chain", "bridge", "instances", "guard").stdout
+        return int(re.search(rf'packets (\d+) .*"{tag}"', listing)[1])
+
+    before = received()
+    client.send(*5 * [bytes.fromhex(frame)])
+    wait_for(lambda: dropped() >= 5, f"five drops of a frame with {tag}")
+    assert received() - before < 5
+    other.run("ip", "link", "set", "eth0", "down")
+
+
+def test_nftables_examples_load_again_and_again_and_touch_no_other_table(applied):
+    host = applied.host
+    host.update("--initialize", "br0", "host")
+    host.run("nft", "add", "table", "inet", "mine")
+    applied.apply()
+    first = host.run("nft", "list", "ruleset").stdout
+    (host.folder / "run" / "instances.applied").unlink()
+    applied.apply()
+    assert host.run("nft", "list", "ruleset").stdout == first and "table inet mine" in first
+
+
+def test_broken_rules_keep_the_old_ones_and_the_update_arrives_when_they_are_mended(applied):
+    host = applied.host
+    host.update("--initialize", "br0", "host")
+    applied.apply()
+    (applied.rules / "broken.nft").write_text("table inet broken {")
+    host.update("add", "10:66:6a:4c:a1:11", "10.83.0.11", "web")
+    for _ in range(2):  # the first takes the marker away
+        result = applied.apply(check=False)
+        assert result.returncode == 1 and "syntax error" in result.stderr
+        assert "10.83.0.11" not in host.run("nft", "list", "ruleset").stdout
+    (applied.rules / "broken.nft").unlink()
+    assert applied.apply().returncode == 0
+    assert "10.83.0.11" in host.run("nft", "list", "ruleset").stdout
+    hosts = (host.folder / "instances.hosts.d" / "instances.hosts").read_text()
+    assert "10.83.0.11 web.instance.internal" in hosts
+
+
+def test_broken_registry_is_told_and_tried_again(applied):
+    host = applied.host
+    host.update("--initialize", "br0", "host")
+    applied.apply()
+    registry = (host.folder / "instances.json").read_bytes()
+    (host.folder / "instances.json").write_bytes(registry[:-9])
+    (host.folder / "instances.updated").touch()
+    assert applied.apply(check=False).returncode == 1
+    (host.folder / "instances.json").write_bytes(registry)
+    assert applied.apply().returncode == 0
+
+
+def test_rules_are_loaded_again_after_a_boot(applied):
+    host = applied.host
+    host.update("--initialize", "br0", "host")
+    applied.apply()
+    host.run("nft", "flush", "ruleset")
+    (host.folder / "run" / "instances.applied").unlink()  # what a boot does
+    applied.apply()
+    assert "table bridge instances" in host.run("nft", "list", "ruleset").stdout
+
+
+def test_systemd_units_are_valid_and_hardened(tmp_path):
+    need("systemd-analyze")
+    units = [EXAMPLES / "systemd" / f"instances.{kind}" for kind in ("path", "service", "timer")]
+    for unit in units:
+        command = "/usr/local/sbin/instances-apply"
+        (tmp_path / unit.name).write_text(
+            unit.read_text().replace(command, str(EXAMPLES / "systemd" / "instances-apply"))
+        )
+    result = run("systemd-analyze", "verify", *[tmp_path / unit.name for unit in units])
+    assert (result.stdout, result.stderr) == ("", "")
+    exposure = run("systemd-analyze", "security", "--offline=true", tmp_path / "instances.service", check=False).stdout
+    assert float(re.search(r"Overall exposure level.*: ([0-9.]+)", exposure)[1]) < 3
+
+
+def test_cron_example_is_a_line_a_minute_for_root():
+    lines = [line for line in (EXAMPLES / "cron" / "instances").read_text().splitlines() if line[:1] == "*"]
+    assert len(lines) == 1 and lines[0].startswith("* * * * * root ")
+    assert run("sh", "-n", "-c", lines[0].removeprefix("* * * * * root ")).returncode == 0
+
+
+INCUS = [
+    {"name": "web", "project": "default", "status": "Running", "config": {"volatile.eth0.hwaddr": "10:66:6A:00:00:01"}},
+    {
+        "name": "db",
+        "project": "default",
+        "status": "Stopped",
+        "config": {"volatile.eth1.hwaddr": "10:66:6a:00:00:03", "volatile.eth0.hwaddr": "10:66:6a:00:00:02"},
+    },
+    {
+        "name": "web",
+        "project": "shop",
+        "config": {"image.os": "Debian"},
+        "expanded_devices": {"eth0": {"hwaddr": "10:66:6a:00:00:04"}, "root": {"path": "/"}},
+    },
+    {"name": "x", "project": "default", "config": {"volatile.eth0.hwaddr": "10:66:6a:00:00:05"}},
+    {"name": "X", "project": "default", "config": {"volatile.eth0.hwaddr": "10:66:6a:00:00:06"}},
+    {"name": "new", "project": "default", "config": {"volatile.eth0.hwaddr": "10:66:6a:00:00:07"}},
+]
+BEFORE = {
+    "10:66:6a:4c:a1:fe": {"name": "host"},
+    "10:66:6a:00:00:01": {"name": "old"},
+    "10:66:6a:00:00:02": {"name": "db"},
+    "10:66:6a:00:00:03": {"name": ""},
+    "10:66:6a:00:00:04": {"name": "web"},
+    "10:66:6a:00:00:05": {"name": "five"},
+    "10:66:6a:00:00:99": {"name": "deleted"},
+    "52:54:00:00:00:01": {"name": "not-of-incus"},
+}
+
+
+INCUS_LIST = json.dumps(INCUS)
+
+
+def reconcile(host, *arguments, text=INCUS_LIST, **options):
+    env = environment(host.base)
+    env["PATH"] = f"{TOP}:{env['PATH']}"
+    return host.run(EXAMPLES / "incus" / "reconcile.sh", *arguments, env=env, input=text, **options)
+
+
+def test_incus_example_brings_the_registry_in_line(host):
+    need("jq")
+    path = Path(f"{host.base}.json")
+    path.write_text(json.dumps(BEFORE))
+    planned = reconcile(host)
+    assert json.loads(path.read_text()) == BEFORE
+    assert sorted(planned.stdout.splitlines()) == [
+        "instances-update.py --remove 10:66:6a:00:00:99",
+        "instances-update.py --rename 10:66:6a:00:00:01 web",
+        "instances-update.py --rename 10:66:6a:00:00:03 db-eth1",
+        "instances-update.py --rename 10:66:6a:00:00:04 web-shop",
+    ]
+    assert planned.stderr.count("10:66:6a:00:00:05") == 1 and planned.stderr.count("10:66:6a:00:00:06") == 1
+    reconcile(host, "--apply")
+    names = {mac: instance["name"] for mac, instance in host.registry().items()}
+    changed = {"10:66:6a:00:00:01": "web", "10:66:6a:00:00:03": "db-eth1", "10:66:6a:00:00:04": "web-shop"}
+    expected = {mac: i["name"] for mac, i in BEFORE.items() if mac != "10:66:6a:00:00:99"} | changed
+    assert names == expected
+    assert reconcile(host).stdout == ""
+
+
+@pytest.mark.parametrize("text", ["", "{}", "null", "not json"])
+def test_incus_example_changes_nothing_where_incus_says_nothing(host, text):
+    need("jq")
+    Path(f"{host.base}.json").write_text(json.dumps(BEFORE))
+    assert reconcile(host, "--apply", text=text, check=False).stdout == "" and host.registry() == BEFORE
+
+
+def test_cluster_example_resolves_names_across_hosts(tmp_path):
+    need(*PROGRAMS)
+    hosts = []
+    try:
+        for number, letter in ((1, "a"), (2, "b")):
+            folder = tmp_path / letter
+            folder.mkdir()
+            addresses = (f"10.84.{number}.1/24", f"fd84:{number}::1/80")
+            hosts.append(Host(folder, addresses, f"10:66:6a:4c:a{number}:fe"))
+        a, b = hosts
+        a.run("ip", "link", "add", "routed", "type", "veth", "peer", "name", "routed", "netns", b.name)
+        for host, number, other in ((a, 1, 2), (b, 2, 1)):
+            host.run("ip", "address", "add", f"192.0.2.{number}/24", "dev", "routed")
+            host.run("ip", "link", "set", "routed", "up")
+            host.run("ip", "route", "add", f"10.84.{other}.0/24", "via", f"192.0.2.{other}")
+            host.set("net/ipv4/ip_forward", "1")
+            host.update("--initialize", "br0", "host")
+            (host.folder / "instances.hosts.d").mkdir()
+            host.start_dnsmasq(config=host.example(f"cluster/{host.folder.name}.conf"))
+            host.update("add", f"10:66:6a:4c:a{number}:11", f"10.84.{number}.11", "web")
+            domain = {"INSTANCES_HOSTS_DOMAIN": f".{host.folder.name}.instance.internal"}
+            host.run(sys.executable, PROCESS, env=environment(host.base, **domain))
+            Path(f"{host.base}.hosts").rename(host.folder / "instances.hosts.d" / "instances.hosts")
+        client = a.client("client", "10:66:6a:4c:a1:12")
+        client.run("ip", "address", "add", "10.84.1.12/24", "dev", "eth0")
+
+        def ask(*question):
+            return client.run(
+                "dig", "+short", "+timeout=1", "+tries=1", "@10.84.1.1", *question, check=False
+            ).stdout.split()
+
+        wait_for(lambda: ask("web.b.instance.internal", "A") == ["10.84.2.11"], "a name of the other host")
+        assert ask("web.v4.a.instance.internal", "A") == ["10.84.1.11"]
+        assert ask("-x", "10.84.2.11") == ["web.b.instance.internal."] and ask("-x", "10.84.1.11") == [
+            "web.a.instance.internal."
+        ]
+        assert ask("-x", "fd84:2::1") == ["host.b.instance.internal."]
+        b.stop(b.dnsmasq)
+        assert ask("web.a.instance.internal", "A") == ["10.84.1.11"]
+        assert "10.84.2.11" not in ask("web.b.instance.internal", "A")
+    finally:
+        for host in hosts:
+            host.close()
+
+
+def test_output_example_is_current(golden_host):
+    names = ("instances.json", "instances.hosts", "instances.nftables_chains", "instances.nftables_sets")
+    made = {name: (golden_host.folder / name).read_text() for name in names}
+    assert made == {name: (EXAMPLES / "output" / name).read_text() for name in names}
+
+
+class VMBridge:
+    """A host with vmbridge, and an /etc of its own with hosts and ethers."""
+
+    def __init__(self, host: Host):
+        self.host, self.etc = host, host.folder / "etc"
+        self.etc.mkdir()
+        for name in ("passwd", "group", "nsswitch.conf"):
+            (self.etc / name).write_bytes(Path("/etc", name).read_bytes())
+        (self.etc / "hosts").write_text("10.83.0.20 fixed\n10.83.0.1 router\n")
+        (self.etc / "ethers").write_text("10:66:6a:4c:a1:20 10.83.0.20\n")
+        (self.etc / "resolv.conf").write_text("nameserver 192.0.2.53\n")
+        names = {"RUN": host.folder, "STATE": host.folder, "SCRIPT": UPDATE}
+        self.env = environment(host.base, **{f"VMBRIDGE_{name}": str(path) for name, path in names.items()})
+
+    def __call__(self, *arguments: str, bridge: str = "br0") -> subprocess.CompletedProcess:
+        inside = 'mount --bind "$1" /etc; shift; exec "$@"'
+        command = [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            inside,
+            "sh",
+            self.etc,
+            EXAMPLES / "bridge" / "vmbridge",
+            bridge,
+            *arguments,
+        ]
+        return self.host.run(*command, check=False, env=self.env)
+
+    def pid(self) -> str:
+        path = self.host.folder / "vmbridge.br0.pid"
+        return path.read_text().strip() if path.exists() else ""
+
+    def ruleset(self) -> str:
+        return self.host.run("nft", "list", "ruleset").stdout
+
+
+def is_alive(pid: str) -> bool:
+    """Tell whether a process runs: one that ended has no command line, even before its parent asks for its status."""
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.exists() and path.read_text() != ""
+
+
+@pytest.fixture
+def vmbridge(tmp_path):
+    need(*PROGRAMS, "unshare")
+    host = Host(tmp_path, ("10.83.0.1/24",))
+    vmbridge = VMBridge(host)
+    yield vmbridge
+    vmbridge("stop")
+    host.close()
+
+
+def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
+    vmbridge.host.run("nft", "add", "table", "inet", "mine")
+    assert vmbridge("status").returncode == 3
+    started = vmbridge("start")
+    assert started.returncode == 0 and "from 10.83.0.192 to 10.83.0.223" in started.stdout, started.stderr
+    pid = vmbridge.pid()
+    assert vmbridge("status").returncode == 0 and f"process {pid}" in vmbridge("status").stdout
+    again = vmbridge("start")
+    assert again.returncode == 0 and "runs already" in again.stdout and vmbridge.pid() == pid
+    assert "masquerade" not in vmbridge.ruleset() and "vmbridge-br0" in vmbridge.ruleset()
+    assert vmbridge("stop").returncode == 0 and not is_alive(pid)
+    assert vmbridge.ruleset().split() == ["table", "inet", "mine", "{", "}"]
+    assert vmbridge("stop").returncode == 0 and vmbridge("status").returncode == 3
+
+
+def test_vmbridge_leaves_a_process_that_is_not_its_own(vmbridge):
+    sleeper = vmbridge.host.start("sleep", "60")
+    (vmbridge.host.folder / "vmbridge.br0.pid").write_text(f"{sleeper.pid}\n")
+    assert vmbridge("status").returncode == 1
+    assert vmbridge("reload").returncode == 1
+    assert vmbridge("start").returncode == 0 and vmbridge.pid() != str(sleeper.pid)
+    assert vmbridge("stop").returncode == 0 and sleeper.poll() is None
+    (vmbridge.host.folder / "vmbridge.br0.pid").write_text("999999999\n")
+    assert vmbridge("status").returncode == 1 and vmbridge("stop").returncode == 0 and vmbridge.pid() == ""
+
+
+@pytest.mark.parametrize(
+    ("bridge", "arguments", "status", "message"),
+    [
+        ("br0", ("begin",), 2, "usage: vmbridge BRIDGE start [nat] | stop | status | reload"),
+        ("br0", (), 2, "usage: vmbridge"),
+        ("br0", ("stop", "nat"), 2, "usage: vmbridge"),
+        ("none", ("start",), 1, "none: no such bridge"),
+        ("lo", ("start",), 1, "lo: no such bridge"),
+        ("../x", ("start",), 1, "../x: no name of a bridge"),
+        ("empty", ("start",), 1, "empty: has no IPv4 address"),
+        ("small", ("start",), 1, "small: 10.9.9.1/29 is too small"),
+        ("br0", ("reload",), 1, "br0: does not run"),
+    ],
+)
+def test_vmbridge_refuses_in_one_line(vmbridge, bridge, arguments, status, message):
+    for name in ("empty", "small"):
+        vmbridge.host.run("ip", "link", "add", name, "type", "bridge")
+    vmbridge.host.run("ip", "address", "add", "10.9.9.1/29", "dev", "small")
+    result = vmbridge(*arguments, bridge=bridge)
+    assert (result.returncode, result.stdout) == (status, "")
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert vmbridge.ruleset() == ""
+
+
+def test_vmbridge_serves_clients_and_reads_ethers_and_hosts_again(vmbridge):
+    host = vmbridge.host
+    host.run("ip", "link", "set", "br0", "mtu", "1400")
+    vmbridge("start")
+    fixed, other, late = (
+        host.client(name, f"10:66:6a:4c:a1:2{n}") for n, name in enumerate(("fixed", "other", "late"))
+    )
+    fixed.dhcp4()
+    assert fixed.addresses("10") == ["10.83.0.20"]
+    other.dhcp4("other")
+    assert 192 <= int(other.addresses("10")[0].split(".")[3]) <= 223
+    assert host.registry()[other.mac]["name"] == "other"
+    assert other.resolve("fixed", "A") == ["10.83.0.20"]
+    options = other.events().splitlines()[-1]
+    assert "router= " in options + " " and "mtu=1400" in options
+    (vmbridge.etc / "ethers").write_text("10:66:6a:4c:a1:22 late\n")
+    (vmbridge.etc / "hosts").write_text("10.83.0.30 late\n")
+    assert vmbridge("reload").returncode == 0
+    wait_for(lambda: other.resolve("late", "A") == ["10.83.0.30"], "the new /etc/hosts")
+    late.dhcp4()
+    assert late.addresses("10") == ["10.83.0.30"]
+
+
+LISTENER = """\
+import socket
+listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+listener.bind(("eth0", 0))
+print("ready", flush=True)
+while True:
+    print(listener.recv(2000).hex(), flush=True)
+"""
+
+
+def test_vmbridge_replies_have_no_udp_checksum(vmbridge):
+    host = vmbridge.host
+    vmbridge("start")
+    client = host.client("old", "10:66:6a:4c:a1:22")
+    log = client.folder / "frames"
+    with open(log, "w") as file:
+        client.start(sys.executable, "-c", LISTENER, stdout=file)
+    wait_for(lambda: "ready" in log.read_text(), "the listener")
+    client.dhcp4()
+    frames = [bytes.fromhex(line) for line in log.read_text().splitlines()[1:]]
+    checksums = [frame[40:42] for frame in frames if frame[23] == 17 and frame[34:38] == b"\x00\x43\x00\x44"]
+    assert checksums and set(checksums) == {b"\0\0"}
+
+
+def test_vmbridge_does_nat_if_asked(vmbridge, tmp_path):
+    host = vmbridge.host
+    outside = Namespace("outside")
+    try:
+        host.run("ip", "link", "add", "out", "type", "veth", "peer", "name", "eth0", "netns", outside.name)
+        for node, device, address in ((host, "out", "192.0.2.1/24"), (outside, "eth0", "192.0.2.53/24")):
+            node.run("ip", "address", "add", address, "dev", device)
+            node.run("ip", "link", "set", device, "up")
+        assert vmbridge("start", "nat").returncode == 0
+        client = host.client("web", "10:66:6a:4c:a1:11")
+        client.dhcp4("web")
+        assert "router=10.83.0.1" in client.events()
+        client.run("ip", "route", "add", "default", "via", "10.83.0.1")
+        assert client.pings("192.0.2.53")
+        assert vmbridge("stop").returncode == 0 and vmbridge.ruleset() == ""
+    finally:
+        outside.close()
