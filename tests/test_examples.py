@@ -152,14 +152,21 @@ def test_broken_registry_is_told_and_tried_again(applied):
     assert applied.apply().returncode == 0
 
 
-def test_rules_are_loaded_again_after_a_boot(applied):
+def test_rules_are_loaded_again_after_a_flush_and_a_boot(applied):
     host = applied.host
     host.update("--initialize", "br0", "host")
     applied.apply()
+    first = host.run("nft", "list", "ruleset").stdout
     host.run("nft", "flush", "ruleset")
-    (host.folder / "run" / "instances.applied").unlink()  # what a boot does
     applied.apply()
-    assert "table bridge instances" in host.run("nft", "list", "ruleset").stdout
+    assert host.run("nft", "list", "ruleset").stdout == first
+    host.run("nft", "delete", "table", "inet", "instances")
+    applied.apply()
+    assert host.run("nft", "list", "ruleset").stdout == first
+    (host.folder / "run" / "instances.applied").unlink()  # what a boot does
+    (host.folder / "instances.hosts.d" / "instances.hosts").unlink()
+    applied.apply()
+    assert (host.folder / "instances.hosts.d" / "instances.hosts").exists()
 
 
 def test_systemd_units_are_valid_and_hardened(tmp_path):
