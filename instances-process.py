@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the files that follow from the registry of instances: run by a systemd unit or cron.
 
-They are a hosts file for dnsmasq, chains for nftables that hold instances on a bridge to their addresses, and
-sets of addresses for firewall rules. Without an update it ends at once, so most imports wait until needed.
+They are a hosts file for dnsmasq, chains for nftables that hold instances on a bridge to their addresses, and sets
+of addresses for firewall rules. Without an update it ends at once, so most imports wait until they are needed.
 """
 
 import gc
@@ -153,10 +153,7 @@ def read_registry(path):
 
 
 def replace_file(path, text):
-    """Replace a file as a whole: at any time it is the old one or the new one. On return it is on disk.
-
-    Mode and owner are kept, a symbolic link stays, and a failure up to the rename leaves the old file.
-    """
+    """Replace a file as a whole, on disk on return; keep mode, owner and a link. OSError leaves old or new, whole."""
     path = os.path.realpath(path)
     temporary = path + ".tmp"
     if os.path.lexists(temporary):  # of a run that was killed
@@ -290,10 +287,10 @@ def chains_text(instances):
 def main(arguments):
     """Make the files; return the exit status."""
     if arguments in (["-h"], ["--help"]):
-        print(USAGE)
+        os.write(1, f"{USAGE}\n".encode())
         return 0
     if arguments not in ([], ["-f"], ["--force"]):
-        print(USAGE, file=sys.stderr)
+        os.write(2, f"{USAGE}\n".encode())
         return 2
     base = base_path()
     marker = base + ".updated"
@@ -305,11 +302,8 @@ def main(arguments):
     with locked(base):
         registry = read_registry(base + ".json")
         instances, warnings = read_instances(registry)
-        hosts, chains, sets = (
-            hosts_text(instances, domains),
-            chains_text(instances),
-            sets_text(instances, names),
-        )
+        hosts, chains = hosts_text(instances, domains), chains_text(instances)
+        sets = sets_text(instances, names)
         replace_file(base + ".hosts", hosts)
         replace_file(base + ".nftables_chains", chains)
         replace_file(base + ".nftables_sets", sets)

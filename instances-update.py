@@ -107,10 +107,7 @@ def read_registry(path):
 
 
 def replace_file(path, text):
-    """Replace a file as a whole: at any time it is the old one or the new one. On return it is on disk.
-
-    Mode and owner are kept, a symbolic link stays, and a failure up to the rename leaves the old file.
-    """
+    """Replace a file as a whole, on disk on return; keep mode, owner and a link. OSError leaves old or new, whole."""
     path = os.path.realpath(path)
     temporary = path + ".tmp"
     if os.path.lexists(temporary):  # of a run that was killed
@@ -158,7 +155,7 @@ def link_local(mac):
 def holders(registry, field, value):
     """Return the MAC addresses of the instances that have an address, or a name in any case (RFC 4343)."""
     if field == "name":
-        return [mac for mac, i in registry.items() if str(i.get("name")).lower() == value.lower()]
+        return [mac for mac, i in registry.items() if str(i.get("name") or "").lower() == value.lower()]
     return [mac for mac, i in registry.items() if i.get(field) == value]
 
 
@@ -313,11 +310,11 @@ def main(arguments):
         case ["--remove", mac]:
             return update(edit, mac.lower(), None)
         case ["--help" | "-h" | "help", *_]:
-            print(USAGE)
+            os.write(1, f"{USAGE}\n".encode())
             return 0
         case [action, *_] if action not in ("add", "old") and not action.startswith("-"):
             return 0
-    print(USAGE, file=sys.stderr)
+    os.write(2, f"{USAGE}\n".encode())
     return 2
 
 

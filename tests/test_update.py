@@ -250,6 +250,12 @@ def test_rename_takes_the_name_from_any_other(base):
     assert read(base) == {MAC: {"name": ""}, OTHER: {"name": "WEB"}}
 
 
+def test_instance_without_a_name_does_not_have_the_name_none(base):
+    write(base, {MAC: {"ipv4": "10.0.0.1"}, "10:66:6a:4c:a1:13": {"name": None}})
+    run(base, "add", OTHER, "10.0.0.2", "none")
+    assert read(base)[OTHER]["name"] == "none" and "name" not in read(base)[MAC]
+
+
 def test_remove_forgets_the_instance(base):
     write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
     result = run(base, "--remove", MAC.upper())
@@ -379,6 +385,12 @@ def test_planted_link_in_the_temporary_file_is_not_followed(base):
     base.with_suffix(".json.tmp").symlink_to(victim)
     assert run(base, "add", MAC, "10.0.0.1").returncode == 0
     assert victim.read_text() == "precious" and MAC in read(base) and not os.path.lexists(f"{base}.json.tmp")
+
+
+def test_help_that_nobody_reads_is_an_error_in_one_line(base):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, str(UPDATE), "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
 
 
 def test_output_that_nobody_reads_changes_nothing(base):
