@@ -124,17 +124,17 @@ class Namespace:
 class Client(Namespace):
     """A namespace with an interface eth0 on a host's bridge, as a container has it."""
 
-    def __init__(self, host: "Host", label: str, mac: str):
+    def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str):
         super().__init__(label)
-        self.host, self.mac, self.port = host, mac, f"veth{len(host.clients)}"
+        self.host, self.mac = host, mac
         self.folder = host.folder / self.name
         self.folder.mkdir()
         self.script = self.folder / "client-script"
         self.script.write_text(CLIENT_SCRIPT)
         self.script.chmod(0o755)
         peer = ["type", "veth", "peer", "name", "eth0", "address", mac, "netns", self.name]
-        host.run("ip", "link", "add", self.port, *peer)
-        host.run("ip", "link", "set", self.port, "master", "br0", "up")
+        host.run("ip", "link", "add", port, *peer)
+        host.run("ip", "link", "set", port, *(["master", bridge] if bridge else []), "up")
         self.run("ip", "link", "set", "eth0", "up")
         wait_for(lambda: self.addresses("fe80:"), f"link-local address of {label}")
 
@@ -169,7 +169,7 @@ class Client(Namespace):
     def dhcp4(self, hostname: str = "") -> subprocess.Popen:
         """Start udhcpc; return when its lease is registered."""
         process = self.start_dhcp4(hostname)
-        self.wait_registered("bound 10.83")
+        self.wait_registered("bound 10.8")
         return process
 
     def dhcp6(self, hostname: str = "") -> subprocess.Popen:
@@ -217,9 +217,9 @@ class Host(Namespace):
         for address in addresses:
             self.run("ip", "address", "add", address, "dev", "br0", "nodad")
 
-    def client(self, label: str, mac: str) -> Client:
-        """Add a client to the bridge."""
-        self.clients.append(Client(self, label, mac))
+    def client(self, label: str, mac: str, port: str = "", bridge: str = "br0") -> Client:
+        """Add a client, to the bridge unless that is ""."""
+        self.clients.append(Client(self, label, mac, port or f"veth{len(self.clients)}", bridge))
         return self.clients[-1]
 
     def start_dnsmasq(self, *ranges: str, config: Path = Path("/dev/null")) -> None:
@@ -273,8 +273,9 @@ class Host(Namespace):
         self.run("nft", "-f", "-", input=CHAINS_TABLE % f"{self.base}.nftables_chains")
 
     def registry(self) -> dict:
-        """Return the registry."""
-        return json.loads(Path(f"{self.base}.json").read_text())
+        """Return the registry, empty if there is none."""
+        path = Path(f"{self.base}.json")
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def dropped(self, *chains: str) -> int:
         """Return how many frames some of our chains have dropped."""
