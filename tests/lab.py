@@ -98,7 +98,7 @@ class Namespace:
 
     def run(self, *arguments, check: bool = True, **options) -> subprocess.CompletedProcess:
         """Run a command to its end; an AssertionError shows the output of one that failed."""
-        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, **options)
+        result = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=120, **options)
         assert not check or result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
         return result
 

@@ -57,7 +57,12 @@ undo() {
         ip -6 route delete "$address6/128" dev "$device" 2>/dev/null || true
         nft delete element inet routed bindings6 "{ \"$device\" . $mac . $address6 }" 2>/dev/null || true
     fi
-    if grep -qs '^MADE=yes$' "$state/bindings/$device"; then ip link delete "$device" 2>/dev/null || true; fi
+    if grep -qs '^MADE=yes$' "$state/bindings/$device"; then
+        ip link delete "$device" 2>/dev/null || true
+    elif [ -e "/sys/class/net/$device" ]; then
+        echo 0 >"/proc/sys/net/ipv4/conf/$device/proxy_arp"
+        echo 0 >"/proc/sys/net/ipv6/conf/$device/proxy_ndp"
+    fi
     rm -f "$state/bindings/$device"
 }
 
