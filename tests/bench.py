@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show what the scripts and the chains cost: medians, and ratios of runs that took turns. Nothing is asserted.
 
-As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about five minutes.
+As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about two minutes.
 """
 
 import os
