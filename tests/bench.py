@@ -214,6 +214,7 @@ def rule_an_address(count: int) -> str:
 def measure_way_in(folder: Path) -> None:
     """Measure from a client's DHCPACK to its first answered ping, the processor started by the marker."""
     for size in (1, 10_000):
+        (folder / str(size)).mkdir()
         host = Host(folder / str(size))
         try:
             write_registry(host.base, size)
@@ -244,9 +245,6 @@ def main() -> None:
         for measure in (measure_scripts, measure_restart, measure_frames, measure_way_in):
             folder = Path(name) / measure.__name__
             folder.mkdir()
-            if measure is measure_way_in:
-                for size in (1, 10_000):
-                    (folder / str(size)).mkdir()
             measure(folder)
 
 
