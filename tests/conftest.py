@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from lab import PROCESS, UPDATE, Host, environment
+from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment
 
 hypothesis.settings.register_profile("here", database=None, deadline=None)
 hypothesis.settings.load_profile("here")
@@ -25,6 +25,12 @@ def load(script: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_sessionfinish():
+    """Take away the namespaces of a fixture that failed before it could do so itself."""
+    for namespace in reversed(OPEN.copy()):
+        Namespace.close(namespace)
 
 
 @pytest.fixture(scope="session")

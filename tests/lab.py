@@ -21,6 +21,7 @@ DHCP_RANGES = (
     "2001:67c:83::100,2001:67c:83::1ff,80",
     "fd83:5eed::100,fd83:5eed::1ff,80",
 )
+OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
 
 CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "rogue")]
@@ -81,6 +82,7 @@ class Namespace:
         self.name = f"inst{os.getpid()}-{next(_numbers)}-{label}"
         self.processes: list[subprocess.Popen] = []
         subprocess.run(["ip", "netns", "add", self.name], check=True)
+        OPEN.append(self)
         self.run("ip", "link", "set", "lo", "up")
 
     def command(self, *arguments) -> list[str]:
@@ -119,6 +121,7 @@ class Namespace:
         for process in list(self.processes):
             self.stop(process, signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
+        OPEN.remove(self)
 
 
 class Client(Namespace):
