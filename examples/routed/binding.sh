@@ -51,6 +51,7 @@ fi
 undo() {
     rm -f "$state/hosts/$device" "$state/options/$device"
     ip route delete "$address/32" dev "$device" 2>/dev/null || true
+    nft delete element inet routed bound "{ \"$device\" }" 2>/dev/null || true
     nft delete element inet routed bindings4 "{ \"$device\" . $mac . $address }" 2>/dev/null || true
     [ -z "$gateway6" ] || ip -6 neighbour delete proxy "$gateway6" dev "$device" 2>/dev/null || true
     if [ -n "$address6" ]; then
@@ -88,6 +89,7 @@ fi
 ip link set "$device" up ${mtu:+mtu "$mtu"}
 echo 1 >"/proc/sys/net/ipv4/conf/$device/proxy_arp"
 echo 1 >"/proc/sys/net/ipv6/conf/$device/proxy_ndp"
+nft add element inet routed bound "{ \"$device\" }"
 nft add element inet routed bindings4 "{ \"$device\" . $mac . $address }"
 ip route replace "$address/32" dev "$device"
 [ -z "$gateway6" ] || ip -6 neighbour replace proxy "$gateway6" dev "$device"
