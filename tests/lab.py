@@ -64,8 +64,8 @@ def wait_for(condition, what: str, seconds: float = 30):
 
 
 def environment(base: Path, **variables: str) -> dict[str, str]:
-    """Return the environment for a script with its files at base, run by this Python."""
-    path = f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
+    """Return the environment for a script with its files at base: our scripts and this Python are on the PATH."""
+    path = f"{TOP}:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
     return {"PATH": path, "INSTANCES_BASE_PATH": str(base)} | variables
 
 

@@ -6,6 +6,7 @@ dropped and counted and has no effect: by a client with a lease of its own, and 
 
 import contextlib
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def test_datagram_from_a_forged_source_does_not_arrive(bridge, prefix, where, wh
     header = ip(src=addresses(bridge.victim)[prefix], dst=addresses(target)[prefix])
     frame = scapy.Ether(src=attacker.mac, dst=target.mac) / header / scapy.UDP(sport=5000, dport=5000)
     with open(bridge.host.folder / "heard", "w+") as heard:
-        listener = target.start("python3", "-c", LISTENER, stdout=heard)
+        listener = target.start(sys.executable, "-c", LISTENER, stdout=heard)
         path = Path(heard.name)
         bridge.guard(False)
         wait_for(lambda: attacker.send(bytes(frame / b"open")) or "open" in path.read_text(), "a forged datagram")

@@ -57,7 +57,6 @@ class Applied:
 
     def apply(self, **options) -> subprocess.CompletedProcess:
         env = environment(self.host.base, **self.variables)
-        env["PATH"] = f"{TOP}:{env['PATH']}"
         return self.host.run(EXAMPLES / "systemd" / "instances-apply", env=env, **options)
 
 
@@ -111,7 +110,6 @@ def test_nftables_example_drops_tags_and_other_protocols(applied, tag):
     client.send(*5 * [bytes.fromhex(frame)])
     wait_for(lambda: dropped() >= 5, f"five drops of a frame with {tag}")
     assert received() - before < 5
-    other.run("ip", "link", "set", "eth0", "down")
 
 
 def test_nftables_examples_load_again_and_again_and_touch_no_other_table(applied):
@@ -225,9 +223,7 @@ INCUS_LIST = json.dumps(INCUS)
 
 
 def reconcile(host, *arguments, text=INCUS_LIST, **options):
-    env = environment(host.base)
-    env["PATH"] = f"{TOP}:{env['PATH']}"
-    return host.run(EXAMPLES / "incus" / "reconcile.sh", *arguments, env=env, input=text, **options)
+    return host.run(EXAMPLES / "incus" / "reconcile.sh", *arguments, env=environment(host.base), input=text, **options)
 
 
 def test_incus_example_brings_the_registry_in_line(host):
