@@ -13,6 +13,7 @@ from pathlib import Path
 TOP = Path(__file__).parent.parent
 UPDATE = TOP / "instances-update.py"
 PROCESS = TOP / "instances-process.py"
+EXAMPLES = TOP / "examples"
 DOMAIN = "instance.internal"
 HOST_MAC = "10:66:6a:4c:a1:fe"
 BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
@@ -73,6 +74,19 @@ def run_script(script: Path, *arguments: str, base: Path, **variables: str) -> s
     """Run one of the two scripts as a user would; return its status and output."""
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=environment(base, **variables), capture_output=True, text=True)
+
+
+def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a command; an AssertionError shows the output of one that failed."""
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def is_alive(pid: str) -> bool:
+    """Tell whether a process runs: one that ended has no command line, even before its parent asks for its status."""
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.exists() and path.read_text() != ""
 
 
 class Namespace:
