@@ -19,47 +19,104 @@ BASE.nftables_sets of BASE.json. BASE is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID]
 INSTANCES_HOSTS_DOMAIN the domains of host names (.instance.internal), with commas between them.
 Exit status: 0 done, 10 no marker so nothing to do, 1 error and the marker left, 2 wrong usage."""
 
-KEYS = {  # of the sets that the chains look senders up in
-    "ip": "typeof ip saddr . ether saddr\n    counter",
-    "ip6": "typeof ip6 saddr . ether saddr\n    counter",
-    # an advertisement's target, RFC 4861, section 4.4, wherever extension headers put it
-    "ndp": "typeof @th,64,128 . ether saddr\n    counter",
-    "lla": "type ipv6_addr",
-}
 CHAINS = """\
-# Use: ether type arp jump instances_drop_arp
+# A frame's fields can't be compared with each other, but looked up beside each other in a set of pairs: of the frame's
+# MAC address with itself, and with what its link-local address has of it, a bit flipped (RFC 4291, appendix A).
+set instances_same_mac {
+    typeof @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+}
+set instances_same_eui64 {
+    typeof @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24
+    size 65536
+    flags dynamic,timeout
+    timeout 1m
+}
+# The senders of what was dropped since this was loaded
+set instances_dropped {
+    type ether_addr
+    size 65536
+    flags dynamic
+    counter
+}
+chain instances_drop {
+    update @instances_dropped { ether saddr }
+    drop
+}
+# Use: ether type arp goto instances_drop_arp
 chain instances_drop_arp {
-    arp saddr ip . ether saddr @instances_ip return
-    counter drop comment "lockdown"
+    arp saddr ip . ether saddr @instances_ip arp saddr ip . arp saddr ether @instances_ip return
+    arp saddr ip 0.0.0.0 arp daddr ip . ether saddr @instances_ip return
+    counter goto instances_drop
 }
 # Use: ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
 chain instances_drop_ndp {
-    @th,64,128 . ether saddr @instances_ndp return
-    counter drop comment "lockdown"
+    @th,64,128 . ether saddr @instances_ip6 return
+    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
+    @th,64,64 0xfe80000000000000 @th,152,16 0xfffe @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 \\
+        @instances_same_eui64 return
+    counter goto instances_drop
 }
 # Use: ether type ip jump instances_drop_ip
 chain instances_drop_ip {
     ip saddr . ether saddr @instances_ip return
     ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 return
-    counter drop comment "lockdown"
+    counter goto instances_drop
 }
 # Use: ether type ip6 jump instances_drop_ip6
 chain instances_drop_ip6 {
-    ip6 saddr . ether saddr @instances_ip6 return
-    ip6 saddr @instances_lla counter drop comment "lockdown"
-    ip6 saddr :: icmpv6 type {
-        nd-neighbor-solicit, nd-router-solicit, mld-listener-report, mld2-listener-report
+    # Duplicate address detection, router solicitation and listener reports of a sender without an address
+    ip6 saddr :: icmpv6 type nd-neighbor-solicit goto instances_drop_ndp
+    ip6 saddr :: icmpv6 type { nd-router-solicit, mld-listener-report, mld2-listener-report } return
+    icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } jump instances_drop_lladdr
+    @nh,64,128 . ether saddr @instances_ip6 return
+    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
+    @nh,64,64 0xfe80000000000000 @nh,152,16 0xfffe @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 \\
+        @instances_same_eui64 goto instances_drop_new
+    counter goto instances_drop
+}
+# A link-layer address option (RFC 4861, section 4.6.1) is a message's first option, and is the frame's MAC address.
+chain instances_drop_lladdr {
+    update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
+    icmpv6 type nd-router-solicit @th,64,16 != 0x0101 counter goto instances_drop
+    icmpv6 type nd-router-solicit @ll,48,24 . @ll,72,24 . @th,80,24 . @th,104,24 \\
+        != @instances_same_mac counter goto instances_drop
+    icmpv6 type nd-neighbor-solicit @th,192,16 != 0x0101 counter goto instances_drop
+    icmpv6 type nd-neighbor-advert @th,192,16 != 0x0201 counter goto instances_drop
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } @ll,48,24 . @ll,72,24 . @th,208,24 . @th,232,24 \\
+        != @instances_same_mac counter goto instances_drop
+}
+# What a sender that is not registered may send from the link-local address made from its MAC address
+chain instances_drop_new {
+    icmpv6 type {
+        nd-router-solicit, nd-neighbor-advert, mld-listener-report, mld-listener-done, mld2-listener-report
     } return
-    ip6 saddr fe80::/10 icmpv6 type {
-        nd-router-solicit, mld-listener-report, mld-listener-done, mld2-listener-report
-    } return
-    ip6 saddr fe80::/10 ip6 daddr ff02::1:2 udp sport 546 udp dport 547 return
-    counter drop comment "lockdown"
+    ip6 daddr ff02::1:2 udp sport 546 udp dport 547 return
+    counter goto instances_drop
+}
+# Use: udp dport { 67, 547 } jump instances_drop_dhcp
+chain instances_drop_dhcp {
+    # A client's own request (RFC 2131, section 2): of Ethernet, not relayed, its hardware address the frame's
+    update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
+    udp dport 67 @th,64,24 0x010106 @th,256,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
+        @instances_same_mac return
+    # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3)
+    udp dport 547 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
+    counter goto instances_drop
 }
 # Use: jump instances_drop_rogue
 chain instances_drop_rogue {
-    icmpv6 type { nd-router-advert, nd-redirect } counter drop comment "lockdown"
-    udp sport { 67, 547 } counter drop comment "lockdown"
+    icmpv6 type { nd-router-advert, nd-redirect } counter goto instances_drop
+    udp sport { 67, 547 } counter goto instances_drop
+    udp dport { 68, 546 } counter goto instances_drop
+    exthdr frag exists frag frag-off 0 jump instances_drop_headless
+}
+# A first fragment has all headers up to the upper layer's (RFC 7112, section 5).
+chain instances_drop_headless {
+    @th,0,8 >= 0 return
+    counter goto instances_drop
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
@@ -266,22 +323,19 @@ def sets_text(instances, names):
 
 def chains_text(instances):
     """Return the chains, behind the sets in which they look up who may send from an address."""
-    ip, ip6, ndp, lla = [], [], [], []
+    ip, ip6 = [], []
     for mac, name, addresses in instances:
-        owner = f' . {mac} comment "{name}",' if name else f" . {mac},"
+        owner = f' . {mac} comment "{name}",\n' if name else f" . {mac},\n"
         for field, address in addresses.items():
             if field == "ipv4":
                 ip.append(f"        {address}{owner}")
-                continue
-            ip6.append(f"        {address}{owner}")
-            ndp.append(f"        0x{inet_pton(AF_INET6, address).hex()}{owner}")
-            if field == "ipv6_lla":
-                lla.append(f"        {address},")
-    lines = []
-    for name, elements in zip(KEYS, (ip, ip6, ndp, lla)):
-        elements = ["    elements = {", *elements, "    }"] if elements else []
-        lines += [f"set instances_{name} {{", f"    {KEYS[name]}", *elements, "}"]
-    return "\n".join([*lines, CHAINS])
+            else:
+                ip6.append(f"        0x{inet_pton(AF_INET6, address).hex()}{owner}")
+    text = ""
+    for name, key, elements in (("ip", "ip saddr", ip), ("ip6", "@th,64,128", ip6)):
+        body = f"    elements = {{\n{''.join(elements)}    }}\n" if elements else ""
+        text += f"set instances_{name} {{\n    typeof {key} . ether saddr\n    counter\n{body}}}\n"
+    return text + CHAINS
 
 
 def main(arguments):
@@ -311,7 +365,8 @@ def main(arguments):
             os.unlink(marker)  # last: a run that does not come so far is done again
     for warning in warnings:
         say(f"warning: {warning}")
-    lines, elements, count = hosts.count("\n"), chains.count(",\n"), sets.count("# Use")
+    lines, count = hosts.count("\n"), sets.count("# Use")
+    elements = sum(len(addresses) for _, _, addresses in instances)
     say(f"{len(registry)} instances, {lines} host addresses, {elements} set elements, {count} address sets")
     return 0
 

@@ -172,8 +172,12 @@ def assign(registry, mac, field, value):
     return changed
 
 
-def register(registry, mac, ip, hostname):
-    """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error."""
+def register(registry, mac, ip, hostname, kind):
+    """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error.
+
+    The kind is "add", "old" or "reminder". Only an "add" says that a former lease of the address is over: an "old"
+    comes also for a client that repeats another's identifier, and a reminder may be of an older lease than the last.
+    """
     field, address, _ = parse_address(ip)
     changes, warnings = [], []
     if mac not in registry:
@@ -182,11 +186,17 @@ def register(registry, mac, ip, hostname):
             hostname = ""
         registry[mac] = {"name": hostname, "ipv6_lla": link_local(mac)}
         changes.append("new")
+    instance = registry[mac]
+    others = [other for other in holders(registry, field, address) if other != mac]
     if field not in LEASED:
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
+    elif others and kind != "add":
+        warnings.append(f"{mac}: {address} is not registered, {others[0]} has it")
+    elif kind == "reminder" and instance.get(field) not in (None, "", address):
+        warnings.append(f"{mac} keeps {instance[field]}: {address} is not registered")
     elif assign(registry, mac, field, address):
         changes.append(f"{field} {address}")
-    return f"{mac} {registry[mac].get('name', '')}: {', '.join(changes)}" if changes else "", warnings
+    return f"{mac} {instance.get('name', '')}: {', '.join(changes)}" if changes else "", warnings
 
 
 def initialize(registry, mac, fields):
@@ -279,7 +289,7 @@ def update(change, mac, *arguments):
     return 0
 
 
-def lease(mac, ip, hostname="", *_):
+def lease(action, mac, ip, hostname="", *_):
     """Register a lease that dnsmasq tells of; return the exit status."""
     if ":" in ip:  # an IPv6 lease's first argument is a DUID
         mac = os.environ.get("DNSMASQ_MAC", "")
@@ -292,14 +302,16 @@ def lease(mac, ip, hostname="", *_):
         with open(path, "rb") as file:  # always whole, so without the lock
             if is_registered(file.read(), mac, field, address):
                 return 0
-    return update(register, mac, address, hostname)
+    # Data are missing where no message of the client's is behind it: at a renewal, a SIGHUP, a restart
+    kind = "reminder" if action == "old" and os.environ.get("DNSMASQ_DATA_MISSING") else action
+    return update(register, mac, address, hostname, kind)
 
 
 def main(arguments):
     """Do what the arguments say; return the exit status."""
     match arguments:
         case ["add" | "old", _, _, *_]:
-            return lease(*arguments[1:])
+            return lease(*arguments)
         case ["--initialize" | "--rename", _, name] if not is_name(name):
             raise ValueError(f"{name}: not a name: a letter, then letters, digits, hyphens, 63 at most")
         case ["--initialize", interface, name]:

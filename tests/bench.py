@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from conftest import load
-from lab import CHAINS_TABLE, PROCESS, UPDATE, Host, environment, wait_for
+from lab import PROCESS, UPDATE, Host, chains_table, environment, wait_for
 
 SIZES = (1, 100, 1_000, 10_000)
 PAIRS = 20
@@ -167,7 +167,7 @@ def measure_frames(folder: Path) -> None:
             write_registry(base, size)
             timed([*PYTHON, PROCESS, "-f"], environment(base))
             loaded[size] = folder / f"{size}.nft"
-            loaded[size].write_text(CHAINS_TABLE % f"{base}.nftables_chains")
+            loaded[size].write_text(chains_table(Path(f"{base}.nftables_chains")))
         costs = {file: [] for file in (empty, *loaded.values())}
         for _ in range(PAIRS + 1):
             for file, cost in costs.items():

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,26 +23,20 @@ DHCP_RANGES = (
     "2001:67c:83::100,2001:67c:83::1ff,80",
     "fd83:5eed::100,fd83:5eed::1ff,80",
 )
+DROP = {"goto": {"target": "instances_drop"}}
 OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
 
-CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "rogue")]
-CHAINS_TABLE = """\
-table bridge instances
-delete table bridge instances
-table bridge instances {
-    include "%s"
-    chain drops {
-        ether type arp jump instances_drop_arp
-        ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
-        ether type ip jump instances_drop_ip
-        ether type ip6 jump instances_drop_ip6
-        jump instances_drop_rogue
-    }
-    chain input { type filter hook input priority 0; jump drops; }
-    chain forward { type filter hook forward priority 0; jump drops; }
-}
-"""
+CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "dhcp", "rogue", "new", "lladdr", "headless")]
+
+
+def chains_table(chains: Path) -> str:
+    """Return a table with the chains, and the rules to jump to them that their own comments show."""
+    uses = "\n".join(re.findall("^# Use: (.*)", chains.read_text(), re.MULTILINE))
+    hook = "chain {0} {{ type filter hook {0} priority 0; jump drops; }}\n"
+    body = f'include "{chains}"\nchain drops {{\n{uses}\n}}\n{hook.format("input")}{hook.format("forward")}'
+    return "table {0}\ndelete table {0}\ntable {0} {{\n{1}}}\n".format("bridge instances", body)
+
 
 # What both DHCP clients run, each with variables of its own, to take an address and to tell that it did.
 CLIENT_SCRIPT = """\
@@ -143,7 +138,7 @@ class Client(Namespace):
 
     def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str):
         super().__init__(label)
-        self.host, self.mac = host, mac
+        self.host, self.label, self.mac = host, label, mac
         self.folder = host.folder / self.name
         self.folder.mkdir()
         self.script = self.folder / "client-script"
@@ -153,7 +148,10 @@ class Client(Namespace):
         host.run("ip", "link", "add", port, *peer)
         host.run("ip", "link", "set", port, *(["master", bridge] if bridge else []), "up")
         self.run("ip", "link", "set", "eth0", "up")
-        wait_for(lambda: self.addresses("fe80:"), f"link-local address of {label}")
+
+    def wait_link_local(self) -> None:
+        """Wait until duplicate address detection of the link-local address is over: DHCPv6 needs it."""
+        wait_for(lambda: self.addresses("fe80:"), f"link-local address of {self.label}")
 
     def addresses(self, prefix: str = "") -> list[str]:
         """Return the interface's addresses that are in use and begin so."""
@@ -166,20 +164,14 @@ class Client(Namespace):
         command = ["udhcpc", "-f", "-i", "eth0", "-s", self.script, "-T", "1", "-A", "1", "-O", "mtu", *options]
         return self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def start_dhcp6(self, hostname: str = "") -> subprocess.Popen:
-        """Start dhclient for DHCPv6; what it gets is in events()."""
-        config = self.folder / "dhclient.conf"
+    def start_dhcp6(self, hostname: str = "", system: str = "a") -> subprocess.Popen:
+        """Start dhclient for DHCPv6; what it gets is in events(). Each system, a letter, has a DUID of its own."""
+        self.wait_link_local()
+        config, leases = self.folder / "dhclient.conf", self.folder / f"leases6-{system}"
         config.write_text(f'send fqdn.fqdn "{hostname}";\n' if hostname else "")
-        files = [
-            "-cf",
-            config,
-            "-lf",
-            self.folder / "leases6",
-            "-pf",
-            self.folder / "pid6",
-            "-sf",
-            self.script,
-        ]
+        if not leases.exists():  # DUID-EN, RFC 8415, section 11.3
+            leases.write_text(f'default-duid "\\000\\002\\000\\000\\000\\001{self.mac}{system}";\n')
+        files = ["-cf", config, "-lf", leases, "-pf", self.folder / "pid6", "-sf", self.script]
         command = ["dhclient", "-6", "-d", *files, "eth0"]
         return self.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -234,9 +226,11 @@ class Host(Namespace):
         for address in addresses:
             self.run("ip", "address", "add", address, "dev", "br0", "nodad")
 
-    def client(self, label: str, mac: str, port: str = "", bridge: str = "br0") -> Client:
-        """Add a client, to the bridge unless that is ""."""
+    def client(self, label: str, mac: str, port: str = "", bridge: str = "br0", wait: bool = True) -> Client:
+        """Add a client, to the bridge unless that is ""; return it when it has a link-local address, or at once."""
         self.clients.append(Client(self, label, mac, port or f"veth{len(self.clients)}", bridge))
+        if wait:
+            self.clients[-1].wait_link_local()
         return self.clients[-1]
 
     def start_dnsmasq(self, *ranges: str, config: Path = Path("/dev/null")) -> None:
@@ -254,11 +248,25 @@ class Host(Namespace):
             options += ["--interface=br0", "--bind-interfaces", "--no-hosts", f"--hostsdir={self.folder}/hosts.d"]
             options += [f"--dhcp-range={r},120" for r in ranges or DHCP_RANGES] + ["--enable-ra", "--script-on-renewal"]
             options += [f"--local=/{DOMAIN}/", f"--dhcp-script={UPDATE}", f"--dhcp-leasefile={self.folder}/leases"]
-            options += ["--dhcp-authoritative"]
+            options += ["--dhcp-authoritative", "--no-ping"]
         started = self.log.read_text().count("started, version") if self.log.exists() else 0
         with open(self.log, "a") as log:
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
+
+    def start_guarded(self) -> None:
+        """As after a boot: the guard is on, then dnsmasq starts, and the service's work is done on each marker."""
+        rules, apply = self.folder / "rules", EXAMPLES / "systemd" / "instances-apply"
+        rules.mkdir()
+        self.example("nftables/bridge.nft").rename(rules / "bridge.nft")
+        self.update("--initialize", "br0", "host")
+        settings = {"INSTANCES_SETTINGS": "/dev/null", "INSTANCES_RULES": str(rules)}
+        env = environment(self.base, RUNTIME_DIRECTORY=str(self.folder / "run"), **settings)
+        self.run(apply, env=env)
+        service = 'while sleep 0.05; do [ ! -e "$1" ] || "$2"; done'
+        with open(self.folder / "service.log", "w") as log:
+            self.start("sh", "-c", service, "sh", f"{self.base}.updated", apply, env=env, stdout=log, stderr=log)
+        self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
 
     def example(self, name: str) -> Path:
         """Return a copy of an example's file with this host's paths."""
@@ -287,7 +295,7 @@ class Host(Namespace):
 
     def load_chains(self) -> None:
         """Replace our table by the chains as they are now."""
-        self.run("nft", "-f", "-", input=CHAINS_TABLE % f"{self.base}.nftables_chains")
+        self.run("nft", "-f", "-", input=chains_table(Path(f"{self.base}.nftables_chains")))
 
     def registry(self) -> dict:
         """Return the registry, empty if there is none."""
@@ -298,7 +306,7 @@ class Host(Namespace):
         """Return how many frames some of our chains have dropped."""
         listing = json.loads(self.run("nft", "-j", "list", "table", "bridge", "instances").stdout)["nftables"]
         rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
-        return sum(e["counter"]["packets"] for r in rules for e in r if "counter" in e and {"drop": None} in r)
+        return sum(e["counter"]["packets"] for r in rules for e in r if "counter" in e and DROP in r)
 
     def close(self) -> None:
         """Take the clients and the host away."""

@@ -82,6 +82,11 @@ def addresses(node) -> dict[str, str]:
     return {prefix: node.addresses(prefix)[0] for prefix in ("10", "2001", "fe80")}
 
 
+def packed(address: str) -> bytes:
+    """Return an IPv6 address as bytes."""
+    return scapy.inet_pton(scapy.socket.AF_INET6, address)
+
+
 def advertisement(attacker, target, stolen, header=None):
     """Return an unasked neighbour advertisement of a stolen address, behind an extension header if given."""
     ip = scapy.Ether(src=attacker.mac, dst=target.mac) / scapy.IPv6(
@@ -92,7 +97,7 @@ def advertisement(attacker, target, stolen, header=None):
         return ip / claim
     # 24 octets with an unknown option, which is skipped (RFC 8200, section 4.2). Its last 16 are octets 48 to
     # 63 of the packet, where a check at a fixed offset looks for the target: an address of its own.
-    own = scapy.inet_pton(scapy.socket.AF_INET6, addresses(attacker)["fe80"])
+    own = packed(addresses(attacker)["fe80"])
     return ip / header(nh=58, options=[scapy.HBHOptUnknown(otype=0x1E, optlen=20, optdata=bytes(4) + own)]) / claim
 
 
@@ -231,58 +236,55 @@ def test_datagram_from_a_forged_source_does_not_arrive(bridge, prefix, where, wh
 
 
 @contextlib.contextmanager
-def rogue_server(bridge, attacker):
-    """In place of the host's DHCP server, have one of the attacker's."""
+def rogue_server(bridge, attacker, ports):
+    """In place of the host's DHCP server, have one of the attacker's that answers from these ports."""
     ranges = ("10.83.0.210,10.83.0.219", "2001:67c:83::300,2001:67c:83::3ff,80")
     own = attacker.addresses("2001")[0]
     attacker.run("ip", "address", "flush", "dev", "eth0", "to", own)
     attacker.run("ip", "address", "add", f"{own}/80", "dev", "eth0", "nodad")
-    options = [
-        "--conf-file=/dev/null",
-        "-k",
-        "--user=root",
-        "--port=0",
-        "--interface=eth0",
-        "--pid-file",
-        "--dhcp-authoritative",
-    ]
-    options += [f"--dhcp-range={r},120" for r in ranges] + [
-        "--dhcp-leasefile=/dev/null",
-        "--leasefile-ro",
-        "--log-facility=-",
-    ]
+    for server, port in zip((67, 547), ports):
+        rule = f"udp sport {server} udp sport set {port}"
+        attacker.run(
+            "nft", f"add table inet p{server}; add chain inet p{server} c {{ type filter hook output priority 0; }}"
+        )
+        attacker.run("nft", f"add rule inet p{server} c {rule}")
+    options = ["--conf-file=/dev/null", "-k", "--user=root", "--port=0", "--interface=eth0", "--pid-file", "--no-ping"]
+    options += ["--dhcp-authoritative", "--dhcp-leasefile=/dev/null", "--leasefile-ro", "--log-facility=-"]
     bridge.host.stop(bridge.host.dnsmasq)
     log = bridge.host.folder / "rogue.log"
     with open(log, "w") as file:
-        server = attacker.start("dnsmasq", *options, stdout=file, stderr=file)
+        server = attacker.start(
+            "dnsmasq", *options, *(f"--dhcp-range={r},120" for r in ranges), stdout=file, stderr=file
+        )
     try:
         wait_for(lambda: "started" in log.read_text(), "the rogue server")
         yield log
     finally:
         attacker.stop(server)
+        attacker.run("nft", "flush", "ruleset")
         bridge.host.start_dnsmasq()
 
 
+@pytest.mark.parametrize("ports", [(67, 547), (6767, 6547)])
 @pytest.mark.parametrize("who", ATTACKERS)
-def test_rogue_server_gives_no_lease(bridge, who):
+def test_rogue_server_gives_no_lease(bridge, who, ports):
     attacker, host = getattr(bridge, who), bridge.host
-    clients = [host.client(f"new{n}-{who[:2]}", f"10:66:6a:4c:b{n}:{len(who):02x}") for n in range(2)]
-    with rogue_server(bridge, attacker) as log:
+    number = 2 * ATTACKERS.index(who) + (ports[0] == 67)
+    clients = [host.client(f"new{n}-{number}", f"10:66:6a:4c:b{n}:0{number}") for n in range(2)]
+    # A registered attacker's replies pass the other chains: it has an address to send them from
+    chains = ["instances_drop_rogue"] if who == "registered" else CHAINS
+    with rogue_server(bridge, attacker, ports) as log:
         bridge.guard(False)
         clients[0].start_dhcp4()
         clients[0].start_dhcp6()
         wait_for(lambda: "bound 10.83.0.21" in clients[0].events(), "a rogue IPv4 lease without the chains")
         wait_for(lambda: "BOUND6 2001:67c:83::3" in clients[0].events(), "a rogue IPv6 lease without the chains")
         bridge.guard(True)
-        before = host.dropped(*CHAINS)
-        clients[1].start_dhcp4()
-        clients[1].start_dhcp6()
-        for reply in ("DHCPOFFER", "DHCPADVERTISE"):
-            wait_for(
-                lambda r=reply: any(r in x and clients[1].mac in x for x in log.read_text().splitlines()),
-                f"{reply} of the rogue",
-            )
-        wait_for(lambda: host.dropped(*CHAINS) >= before + 2, "its drop")
+        for start, reply in ((clients[1].start_dhcp4, "DHCPOFFER"), (clients[1].start_dhcp6, "DHCPADVERTISE")):
+            told, before = log.read_text().count(reply), host.dropped(*chains)
+            start()
+            wait_for(lambda r=reply, t=told: log.read_text().count(r) > t, f"{reply} of the rogue")
+            wait_for(lambda b=before: host.dropped(*chains) > b, f"the drop of {reply}")
         assert "bound" not in clients[1].events().lower()
     wait_for(lambda: "bound 10.83" in clients[1].events(), "a lease of the host's own server")
 
@@ -325,18 +327,38 @@ def test_client_with_ipv6_only_gets_leases_behind_the_chains(bridge):
 
 
 @pytest.mark.parametrize("who", ATTACKERS)
-def test_duplicate_address_detection_finds_the_holder_behind_the_chains(bridge, who):
+def test_false_claim_makes_nobody_give_an_address_up(bridge, who):
+    attacker, victim = getattr(bridge, who), bridge.victim
+    address = addresses(victim)["2001"]
+    ip = scapy.IPv6(src="::", dst=scapy.inet_ntop(scapy.socket.AF_INET6, scapy.in6_getnsma(packed(address))), hlim=255)
+    frame = scapy.Ether(src=attacker.mac, dst=scapy.in6_getnsmac(packed(address))) / ip / scapy.ICMPv6ND_NS(tgt=address)
+
+    def gives_up():
+        """Have the victim detect duplicates of its address, and tell what comes of it."""
+        victim.run("ip", "address", "flush", "dev", "eth0", "to", address)
+        victim.run("ip", "address", "add", f"{address}/128", "dev", "eth0")
+        attacker.send(*3 * [bytes(frame)])
+
+        def detected():
+            return victim.run("ip", "-6", "address", "show", "dev", "eth0", "to", address).stdout
+
+        wait_for(lambda: "dadfailed" in detected() or "tentative" not in detected(), "the end of the detection")
+        return "dadfailed" in detected()
+
+    bridge.guard(False)
+    wait_for(gives_up, "a false claim that is believed")
     bridge.guard(True)
-    attacker, address = getattr(bridge, who), addresses(bridge.victim)["2001"]
-    attacker.run("ip", "address", "add", f"{address}/80", "dev", "eth0")
-    wait_for(
-        lambda: "dadfailed" in attacker.run("ip", "address", "show", "dev", "eth0").stdout,
-        "a duplicate found",
-    )
-    attacker.run("ip", "address", "delete", f"{address}/80", "dev", "eth0")
+    before = bridge.host.dropped("instances_drop_ndp")
+    assert not gives_up()
+    assert bridge.host.dropped("instances_drop_ndp") >= before + 3
 
 
 def test_unregistered_client_reaches_nobody_behind_the_chains(bridge):
     bridge.guard(True)
-    for address in ("10.83.0.1", "2001:67c:83::1", f"{HOST_LLA}%eth0", addresses(bridge.victim)["10"]):
+    others = ("10.83.0.1", "2001:67c:83::1", f"{HOST_LLA}%eth0", addresses(bridge.victim)["10"])
+    bridge.guard(False)
+    for address in others:
+        wait_for(lambda a=address: bridge.unregistered.pings(a), f"a ping of {address} without the chains")
+    bridge.guard(True)
+    for address in others:
         assert not bridge.unregistered.pings(address)

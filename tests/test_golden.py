@@ -16,7 +16,7 @@ def test_chains_load_and_hold_each_address_with_its_mac(golden_host):
     golden_host.load_chains()
     for entry, comment in (
         ("10.83.0.23 . 10:66:6a:4c:a1:13", "build-runner"),
-        ("fd83:5eed::14 . 10:66:6a:4c:a1:14", "mail"),
+        ("0xfd835eed000000000000000000000014 . 10:66:6a:4c:a1:14", "mail"),
     ):
         listing = golden_host.run("nft", "list", "table", "bridge", "instances").stdout
         assert f'{entry} counter packets 0 bytes 0 comment "{comment}"' in listing

@@ -1,5 +1,6 @@
 """What holds for any sequence of events, any registry and any argument."""
 
+import ipaddress
 import json
 import os
 import re
@@ -37,7 +38,8 @@ JSON = st.recursive(
     max_leaves=6,
 )
 UNKNOWN = st.dictionaries(st.text(min_size=1).filter(lambda key: key not in ("name", *FIELDS)), JSON, max_size=2)
-LEASE = st.tuples(st.just("lease"), MACS, st.sampled_from(ADDRESSES), st.sampled_from(NAMES + BAD_NAMES))
+KINDS = st.sampled_from(["add", "old", "reminder"])
+LEASE = st.tuples(st.just("lease"), MACS, st.sampled_from(ADDRESSES), st.sampled_from(NAMES + BAD_NAMES), KINDS)
 RENAME = st.tuples(st.just("rename"), MACS, st.sampled_from(NAMES))
 REMOVE = st.tuples(st.just("remove"), MACS)
 INITIALIZE = st.tuples(
@@ -102,9 +104,14 @@ def test_lease_changes_another_instance_only_by_taking_its_address(update, event
     apply(update, registry, lease)
     for mac in before.keys() - {lease[1]}:
         taken = {field: value for field, value in before[mac].items() if registry[mac].get(field) != value}
-        assert list(taken.values()) in ([], [lease[2]]) and registry[mac].keys() <= before[mac].keys()
+        assert (
+            list(taken.values()) in ([], [lease[2]] if lease[4] == "add" else [])
+            and registry[mac].keys() <= before[mac].keys()
+        )
     if lease[1] in before:
         assert registry[lease[1]]["name"] == before[lease[1]]["name"]
+        if lease[4] == "reminder":
+            assert before[lease[1]].items() <= registry[lease[1]].items()
 
 
 @given(st.dictionaries(MACS, UNKNOWN), st.lists(LEASE | RENAME | INITIALIZE, max_size=10))
@@ -147,7 +154,7 @@ def lookup_agrees(update, text, mac, address):
         assume(False)
     found = update.is_registered(text.encode(errors="surrogatepass"), mac, field, address)
     if found:
-        assert mac in registry and update.register(registry, mac, address, "") == ("", [])
+        assert mac in registry and update.register(registry, mac, address, "", "add") == ("", [])
     return found
 
 
@@ -226,7 +233,9 @@ def test_any_json_is_refused_or_makes_outputs_that_parse_and_say_what_it_says(pr
         assert elements(sets, "all_v4.instance") == sorted(a for _, field, a in valid if field == "ipv4")
         assert elements(sets, "all_l6.instance") == sorted(a for _, field, a in valid if field == "ipv6_lla")
         assert elements(chains, "instances_ip") == sorted(f"{a} . {mac}" for mac, field, a in valid if field == "ipv4")
-        assert elements(chains, "instances_ip6") == sorted(f"{a} . {mac}" for mac, field, a in valid if field != "ipv4")
+        assert elements(chains, "instances_ip6") == sorted(
+            f"0x{ipaddress.ip_address(a).packed.hex()} . {mac}" for mac, field, a in valid if field != "ipv4"
+        )
         line = re.compile(r"[0-9a-f.:]+( [A-Za-z][A-Za-z0-9-]*(\.(v4|v6|g6|u6|l6))?\.instance\.internal)+")
         assert all(line.fullmatch(text) for text in hosts.splitlines())
         check_nft(base)

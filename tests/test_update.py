@@ -115,8 +115,49 @@ def test_address_that_moves_leaves_its_former_holder(base):
 
 def test_address_that_two_hold_in_an_edited_registry_is_taken_from_the_other(base):
     write(base, {MAC: {"name": "a", "ipv4": "10.0.0.1"}, OTHER: {"name": "b", "ipv4": "10.0.0.1"}})
-    run(base, "old", MAC, "10.0.0.1")
+    run(base, "add", MAC, "10.0.0.1")
     assert read(base) == {MAC: {"name": "a", "ipv4": "10.0.0.1"}, OTHER: {"name": "b"}}
+
+
+LEASES = [("10.83.0.11", "10.83.0.12", "ipv4"), ("fd83:5eed::11", "fd83:5eed::12", "ipv6_ula")]
+REMINDER = {"DNSMASQ_DATA_MISSING": "1"}
+
+
+@pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
+@pytest.mark.parametrize("variables", [{}, REMINDER])
+def test_old_takes_no_address_from_another_and_says_who_has_it(base, address, other_address, field, variables):
+    run(base, "add", MAC, address, "web", DNSMASQ_MAC=MAC)
+    run(base, "add", OTHER, other_address, "db", DNSMASQ_MAC=OTHER)
+    before = files(base)
+    result = run(base, "old", OTHER, address, "db", DNSMASQ_MAC=OTHER, **variables)
+    assert (result.returncode, result.stdout, files(base)) == (0, "", before)
+    assert result.stderr == f"instances-update.py: warning: {OTHER}: {address} is not registered, {MAC} has it\n"
+    result = run(base, "old", "10:66:6a:4c:a1:13", address, "new", DNSMASQ_MAC="10:66:6a:4c:a1:13", **variables)
+    assert result.returncode == 0 and "has it" in result.stderr
+    assert read(base)[MAC][field] == address and field not in read(base)["10:66:6a:4c:a1:13"]
+
+
+@pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
+def test_old_sets_an_address_that_nobody_has(base, address, other_address, field):
+    run(base, "add", MAC, address, DNSMASQ_MAC=MAC)
+    run(base, "old", MAC, other_address, DNSMASQ_MAC=MAC)
+    assert read(base)[MAC][field] == other_address
+
+
+@pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
+def test_reminder_fills_an_empty_field_and_replaces_none(base, address, other_address, field):
+    run(base, "old", MAC, address, "web", DNSMASQ_MAC=MAC, **REMINDER)
+    assert read(base)[MAC]["name"] == "web" and read(base)[MAC][field] == address
+    before = files(base)
+    result = run(base, "old", MAC, other_address, "web", DNSMASQ_MAC=MAC, **REMINDER)
+    assert (result.returncode, result.stdout, files(base)) == (0, "", before)
+    assert result.stderr == f"instances-update.py: warning: {MAC} keeps {address}: {other_address} is not registered\n"
+
+
+def test_add_is_never_a_reminder(base):
+    run(base, "add", MAC, "10.83.0.11")
+    run(base, "add", OTHER, "10.83.0.11", **REMINDER)
+    assert "ipv4" not in read(base)[MAC] and read(base)[OTHER]["ipv4"] == "10.83.0.11"
 
 
 def test_documentation_address_makes_instance_without_address(base):

@@ -1,0 +1,106 @@
+"""Guests that join a bridge whose guard was there first, as after every boot."""
+
+import signal
+
+import pytest
+from conftest import PROGRAMS, need
+from lab import Host, wait_for
+
+pytestmark = pytest.mark.slow
+IPV6 = ("2001", "fd83")
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A host with the examples' guard on before anybody joins."""
+    need(*PROGRAMS)
+    host = Host(tmp_path)
+    try:
+        host.start_guarded()
+        yield host
+    finally:
+        host.close()
+
+
+def in_use(client, *prefixes: str) -> bool:
+    """Tell whether a client has addresses that begin so, and the registry has them and no others of their kinds."""
+    registered = set(client.host.registry().get(client.mac, {}).values())
+    return all(client.addresses(prefix)[-1:] and client.addresses(prefix)[-1] in registered for prefix in prefixes)
+
+
+@pytest.mark.parametrize("forwarding", ["0", "1"])
+def test_ten_guests_that_start_at_once_are_all_registered_and_reach_the_host(guarded, forwarding):
+    guarded.set("net/ipv4/ip_forward", forwarding)
+    guarded.set("net/ipv6/conf/all/forwarding", forwarding)
+    guests = [guarded.client(f"guest{number}", f"10:66:6a:4c:a1:1{number}", wait=False) for number in range(10)]
+    for guest in guests:
+        guest.start_dhcp6(guest.label)
+        if guest in guests[:6]:
+            guest.start_dhcp4(guest.label)
+    for guest in guests:
+        kinds = IPV6 + (("10.83",) if guest in guests[:6] else ())
+        wait_for(lambda g=guest, k=kinds: in_use(g, *k), f"{guest.label} registered")
+    for guest in guests:
+        for address in ("2001:67c:83::1", "fd83:5eed::1", *(["10.83.0.1"] if guest in guests[:6] else [])):
+            wait_for(lambda g=guest, a=address: g.pings(a), f"a ping of {address}")
+    assert {i["name"] for i in guarded.registry().values()} == {"host", *(guest.label for guest in guests)}
+
+
+class Guest:
+    """A guest with a lease of each kind, and other systems on it: the same MAC address and name, another DUID."""
+
+    def __init__(self, host: Host):
+        self.host, self.client = host, host.client("web", "10:66:6a:4c:a1:11")
+        self.client.start_dhcp4("web")
+        self.process = self.boot("a", None)
+
+    def boot(self, system: str, former):
+        """Boot a system that knows of no lease, for a former one; return its process when its leases are in use."""
+        (self.client.folder / f"leases6-{system}").unlink(missing_ok=True)
+        if former:
+            self.client.stop(former, signal.SIGKILL)
+            self.client.run("ip", "address", "flush", "dev", "eth0", "to", "2000::/3")
+            self.client.run("ip", "address", "flush", "dev", "eth0", "to", "fc00::/7")
+        process = self.client.start_dhcp6("web", system)
+        wait_for(lambda: in_use(self.client, *IPV6, "10.83"), f"system {system} in use")
+        self.reaches_the_host()
+        return process
+
+    def reaches_the_host(self):
+        for address in ("10.83.0.1", "2001:67c:83::1", "fd83:5eed::1"):
+            wait_for(lambda a=address: self.client.pings(a), f"a ping of {address}")
+
+    def addresses(self) -> set[str]:
+        return {*self.client.addresses("2001"), *self.client.addresses("fd83")}
+
+
+@pytest.fixture
+def guest(guarded):
+    return Guest(guarded)
+
+
+def test_rebuilt_guest_is_registered_with_its_new_addresses(guest):
+    before = guest.addresses()
+    guest.boot("b", guest.process)
+    assert not before & guest.addresses()
+
+
+def test_guest_that_goes_back_to_an_older_lease_of_its_own_is_registered_with_it(guest):
+    before = guest.addresses()
+    guest.boot("a", guest.boot("b", guest.process))
+    assert guest.addresses() == before
+
+
+def test_reminders_of_an_older_lease_do_not_undo_news(guest):
+    guest.boot("b", guest.process)
+    registry, log = guest.host.registry(), guest.host.log
+
+    def told(after):  # of each of the two older leases, whose order is not ours to know
+        return log.read_text()[after:].count(f"warning: {guest.client.mac} keeps ") >= 2
+
+    # SIGHUP tells each lease again
+    size = len(log.read_text())
+    guest.host.dnsmasq.send_signal(signal.SIGHUP)
+    wait_for(lambda: told(size), "reminders of the older leases")
+    assert guest.host.registry() == registry
+    guest.reaches_the_host()
