@@ -1,62 +1,107 @@
 """The example bridge."""
 
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, UPDATE, Host, Namespace, environment, is_alive, wait_for
+from lab import DOMAIN, EXAMPLES, UPDATE, Client, Host, Namespace, is_alive, wait_for
 
 pytestmark = pytest.mark.slow
 
 
 class VMBridge:
-    """A host with vmbridge, and an /etc of its own with hosts and ethers."""
+    """A host with vmbridge installed as README says, in a mount namespace where all that it writes to is ours."""
 
     def __init__(self, host: Host):
-        self.host, self.etc = host, host.folder / "etc"
-        self.etc.mkdir()
+        self.host = host
+        self.etc, self.runtime, self.sbin = (host.folder / name for name in ("etc", "run", "sbin"))
+        hooks = (self.etc / "network" / f"if-{when}.d" for when in ("pre-up", "up", "down", "post-down"))
+        for folder in (*hooks, self.runtime, self.sbin):
+            folder.mkdir(parents=True)
+        host.folder.chmod(0o755)  # dnsmasq's user reads /var/lib/misc
         for name in ("passwd", "group", "nsswitch.conf"):
             (self.etc / name).write_bytes(Path("/etc", name).read_bytes())
         (self.etc / "hosts").write_text("10.83.0.20 fixed\n10.83.0.1 router\n")
         (self.etc / "ethers").write_text("10:66:6a:4c:a1:20 10.83.0.20\n")
         (self.etc / "resolv.conf").write_text("nameserver 192.0.2.53\n")
-        names = {"RUN": host.folder, "STATE": host.folder, "SCRIPT": UPDATE}
-        self.env = environment(host.base, **{f"VMBRIDGE_{name}": str(path) for name, path in names.items()})
+        shutil.copy(EXAMPLES / "bridge" / "vmbr0", self.etc / "network" / "interfaces")
+        self.script = self.sbin / UPDATE.name
+        for program in (UPDATE, EXAMPLES / "bridge" / "vmbridge"):
+            shutil.copy(program, self.sbin)
+        self.mounts = {
+            "/etc": self.etc,
+            "/run": self.runtime,
+            "/usr/local/sbin": self.sbin,
+            "/var/lib/misc": host.folder,
+        }
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command that runs another in the mount namespace."""
+        mounting = "".join(f"mount --bind '{here}' {there}\n" for there, here in self.mounts.items())
+        return ["unshare", "-m", "sh", "-ec", f'{mounting}exec "$@"', "sh", *arguments]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        """Run a command in the mount namespace, in the environment of a boot: with a PATH only."""
+        path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return self.host.run(*self.command(*arguments), check=False, env={"PATH": path})
 
     def __call__(self, *arguments: str, bridge: str = "br0") -> subprocess.CompletedProcess:
-        inside = 'mount --bind "$1" /etc; shift; exec "$@"'
-        command = [
-            "unshare",
-            "-m",
-            "sh",
-            "-c",
-            inside,
-            "sh",
-            self.etc,
-            EXAMPLES / "bridge" / "vmbridge",
-            bridge,
-            *arguments,
-        ]
-        return self.host.run(*command, check=False, env=self.env)
+        return self.run("vmbridge", bridge, *arguments)
 
-    def pid(self) -> str:
-        path = self.host.folder / "vmbridge.br0.pid"
+    def pid(self, bridge: str = "br0") -> str:
+        path = self.runtime / f"vmbridge.{bridge}.pid"
         return path.read_text().strip() if path.exists() else ""
 
     def ruleset(self) -> str:
         return self.host.run("nft", "list", "ruleset").stdout
 
+    def forwards(self) -> bool:
+        return self.host.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout == "1\n"
+
+    def left(self) -> list:
+        """Return what there is of ours on the host."""
+        return [path.name for path in self.runtime.glob("vmbridge*")] + self.ruleset().splitlines()
+
 
 @pytest.fixture
 def vmbridge(tmp_path):
-    need(*PROGRAMS, "unshare")
+    need(*PROGRAMS, "unshare", "flock")
     host = Host(tmp_path, ("10.83.0.1/24",))
+    host.set("net/ipv4/ip_forward", "0")
     vmbridge = VMBridge(host)
     yield vmbridge
-    vmbridge("stop")
+    for path in list(vmbridge.runtime.glob("vmbridge.*.pid")):
+        vmbridge("stop", bridge=path.name.split(".")[1])
     host.close()
+
+
+@pytest.fixture
+def outside(vmbridge):
+    """A machine beyond the host, 192.0.2.53, that knows no route to the guests."""
+    outside = Namespace("outside")
+    vmbridge.host.run("ip", "link", "add", "out", "type", "veth", "peer", "name", "eth0", "netns", outside.name)
+    for node, device, address in ((vmbridge.host, "out", "192.0.2.1/24"), (outside, "eth0", "192.0.2.53/24")):
+        node.run("ip", "address", "add", address, "dev", device)
+        node.run("ip", "link", "set", device, "up")
+    outside.pings = partial(Client.pings, outside)
+    yield outside
+    outside.close()
+
+
+def guest(vmbridge, label, number, gateway="", bridge="br0"):
+    """Return a guest with a fixed address and a default route, or with a lease where no gateway is said."""
+    client = vmbridge.host.client(label, f"10:66:6a:4c:a1:{number}", bridge=bridge)
+    if not gateway:
+        client.dhcp4(label)
+        gateway = "10.83.0.1"
+    else:
+        client.run("ip", "address", "add", f"{gateway[:-1]}{number}/24", "dev", "eth0")
+    client.run("ip", "route", "add", "default", "via", gateway)
+    return client
 
 
 def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
@@ -68,21 +113,50 @@ def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
     assert vmbridge("status").returncode == 0 and f"process {pid}" in vmbridge("status").stdout
     again = vmbridge("start")
     assert again.returncode == 0 and "runs already" in again.stdout and vmbridge.pid() == pid
-    assert "masquerade" not in vmbridge.ruleset() and "vmbridge-br0" in vmbridge.ruleset()
+    assert "restored" not in again.stdout
+    assert "masquerade" not in vmbridge.ruleset() and "vmbridge-br0" in vmbridge.ruleset() and not vmbridge.forwards()
     assert vmbridge("stop").returncode == 0 and not is_alive(pid)
-    assert vmbridge.ruleset().split() == ["table", "inet", "mine", "{", "}"]
+    assert vmbridge.left() == ["table inet mine {", "}"]
     assert vmbridge("stop").returncode == 0 and vmbridge("status").returncode == 3
 
 
 def test_vmbridge_leaves_a_process_that_is_not_its_own(vmbridge):
     sleeper = vmbridge.host.start("sleep", "60")
-    (vmbridge.host.folder / "vmbridge.br0.pid").write_text(f"{sleeper.pid}\n")
+    (vmbridge.runtime / "vmbridge.br0.pid").write_text(f"{sleeper.pid}\n")
     assert vmbridge("status").returncode == 1
     assert vmbridge("reload").returncode == 1
     assert vmbridge("start").returncode == 0 and vmbridge.pid() != str(sleeper.pid)
     assert vmbridge("stop").returncode == 0 and sleeper.poll() is None
-    (vmbridge.host.folder / "vmbridge.br0.pid").write_text("999999999\n")
+    (vmbridge.runtime / "vmbridge.br0.pid").write_text("999999999\n")
     assert vmbridge("status").returncode == 1 and vmbridge("stop").returncode == 0 and vmbridge.pid() == ""
+
+
+def test_vmbridge_starts_at_once_are_one_start(vmbridge):
+    command = vmbridge.host.command(*vmbridge.command("vmbridge", "br0", "start", "nat"))
+    starts = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
+    said = sorted(start.communicate()[0].split(": ", 2)[2].split()[0] for start in starts)
+    assert said == ["runs", "runs", "runs", "started:"]
+    status = vmbridge("status")
+    assert status.returncode == 0 and "masquerade" in vmbridge.ruleset(), status.stdout
+
+
+def test_vmbridge_status_tells_what_is_gone_and_start_restores_it(vmbridge):
+    vmbridge("start", "nat")
+    made, pid = vmbridge.ruleset(), vmbridge.pid()
+    for harm, told in (
+        (("nft", "flush", "ruleset"), "its table"),
+        (("nft", "flush", "chain", "inet", "vmbridge-br0", "postrouting"), "its table"),
+        (("sh", "-c", "echo 0 >/proc/sys/net/ipv4/ip_forward"), "does not forward"),
+    ):
+        vmbridge.host.run(*harm)
+        status = vmbridge("status")
+        assert status.returncode == 1 and told in status.stdout
+        assert "runs already" in vmbridge("start", "nat").stdout
+        assert vmbridge("status").returncode == 0 and vmbridge.ruleset() == made and vmbridge.forwards()
+    vmbridge.host.run("kill", "-9", pid)
+    wait_for(lambda: not is_alive(pid), "its end")
+    assert vmbridge("status").returncode == 1 and "ended by itself" in vmbridge("status").stdout
+    assert vmbridge("start", "nat").returncode == 0 and vmbridge("status").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -103,10 +177,41 @@ def test_vmbridge_refuses_in_one_line(vmbridge, bridge, arguments, status, messa
     for name in ("empty", "small"):
         vmbridge.host.run("ip", "link", "add", name, "type", "bridge")
     vmbridge.host.run("ip", "address", "add", "10.9.9.1/29", "dev", "small")
+    refuses(vmbridge, status, message, *arguments, bridge=bridge)
+
+
+def refuses(vmbridge, status, message, *arguments, bridge="br0"):
+    """Assert that vmbridge says why not, in one line, and changes nothing."""
     result = vmbridge(*arguments, bridge=bridge)
     assert (result.returncode, result.stdout) == (status, "")
     assert message in result.stderr and result.stderr.count("\n") == 1
-    assert vmbridge.ruleset() == ""
+    assert vmbridge.left() == [] and not vmbridge.forwards()
+
+
+def test_vmbridge_refuses_where_it_could_not_register_or_serve(vmbridge):
+    vmbridge.script.chmod(0o644)
+    refuses(vmbridge, 1, f"{UPDATE.name}: not there or not executable", "start", "nat")
+    vmbridge.script.unlink()
+    refuses(vmbridge, 1, f"{UPDATE.name}: not there or not executable", "start", "nat")
+    shutil.copy(UPDATE, vmbridge.script)
+    for program in ("dnsmasq", "nft"):
+        vmbridge.mounts[shutil.which(program, path="/usr/sbin:/usr/bin")] = Path("/dev/null")
+        refuses(vmbridge, 1, f"no program {program}", "start", "nat")
+        vmbridge.mounts.popitem()
+    assert vmbridge("start", "nat").returncode == 0
+
+
+def test_vmbridge_start_that_fails_leaves_nothing_and_then_works(vmbridge):
+    code = "import socket, time\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+    code += "s.bind(('10.83.0.1', 53)); print('ready', flush=True); time.sleep(60)"
+    other = vmbridge.host.start(sys.executable, "-c", code, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"ready\n"
+    failed = vmbridge("start", "nat")
+    assert failed.returncode == 1 and failed.stderr.endswith("did not start; nothing of ours is left\n")
+    assert vmbridge.left() == [] and not vmbridge.forwards() and vmbridge("status").returncode == 3
+    vmbridge.host.stop(other)
+    other.stdout.close()
+    assert vmbridge("start", "nat").returncode == 0
 
 
 def test_vmbridge_serves_clients_and_reads_ethers_and_hosts_again(vmbridge):
@@ -130,6 +235,33 @@ def test_vmbridge_serves_clients_and_reads_ethers_and_hosts_again(vmbridge):
     wait_for(lambda: other.resolve("late", "A") == ["10.83.0.30"], "the new /etc/hosts")
     late.dhcp4()
     assert late.addresses("10") == ["10.83.0.30"]
+
+
+def test_vmbridge_names_are_the_registrys_and_not_the_clients(vmbridge):
+    host = vmbridge.host
+    (vmbridge.etc / "default").mkdir()
+    (vmbridge.etc / "default" / "instances").write_text("INSTANCES_BASE_ID=br0\n")
+    host.base = host.folder / "instances-br0"
+    vmbridge("start")
+    web, wpad = guest(vmbridge, "web", 11), guest(vmbridge, "wpad", 12)
+    [address] = web.addresses("10")
+    assert [host.registry()[client.mac]["name"] for client in (web, wpad)] == ["web", ""]
+    assert web.resolve(f"web.lease.{DOMAIN}", "A") == [address]
+    for name in ("web", f"web.{DOMAIN}", "wpad", f"wpad.{DOMAIN}", f"wpad.lease.{DOMAIN}"):
+        assert web.resolve(name, "A") == [], name
+    new = host.folder / "new"
+    new.write_text(f"{address} web.{DOMAIN}\n")
+    new.rename(host.folder / "instances-br0.hosts.d" / "instances.hosts")
+    wait_for(lambda: wpad.resolve(f"web.{DOMAIN}", "A") == [address], "the registry's names")
+
+    # A guest that says another's client identifier, and asks for the search domain
+    thief = host.client("thief", "10:66:6a:4c:a1:13")
+    thief.script.write_text('#!/bin/sh\necho "$1 $ip domain=$domain search=$search" >>"$0.log"\n')
+    identifier = f"0x3d:01{web.mac.replace(':', '')}"
+    thief.run("udhcpc", "-qfn", "-i", "eth0", "-s", thief.script, "-O", "search", "-C", "-x", identifier)
+    bound = thief.events().splitlines()[-1]
+    assert bound.startswith("bound 10.83.0.") and f"bound {address} " not in bound
+    assert bound.endswith(f" domain={DOMAIN} search={DOMAIN}")
 
 
 LISTENER = """\
@@ -156,20 +288,60 @@ def test_vmbridge_replies_have_no_udp_checksum(vmbridge):
     assert checksums and set(checksums) == {b"\0\0"}
 
 
-def test_vmbridge_does_nat_if_asked(vmbridge, tmp_path):
+def test_vmbridge_does_nat_if_asked_and_lets_nobody_in(vmbridge, outside):
     host = vmbridge.host
-    outside = Namespace("outside")
-    try:
-        host.run("ip", "link", "add", "out", "type", "veth", "peer", "name", "eth0", "netns", outside.name)
-        for node, device, address in ((host, "out", "192.0.2.1/24"), (outside, "eth0", "192.0.2.53/24")):
-            node.run("ip", "address", "add", address, "dev", device)
-            node.run("ip", "link", "set", device, "up")
-        assert vmbridge("start", "nat").returncode == 0
-        client = host.client("web", "10:66:6a:4c:a1:11")
-        client.dhcp4("web")
-        assert "router=10.83.0.1" in client.events()
-        client.run("ip", "route", "add", "default", "via", "10.83.0.1")
-        assert client.pings("192.0.2.53")
-        assert vmbridge("stop").returncode == 0 and vmbridge.ruleset() == ""
-    finally:
-        outside.close()
+    host.run("ip", "address", "add", "10.84.0.1/24", "dev", "br0")
+    host.run("ip", "link", "add", "br1", "type", "bridge")
+    host.run("ip", "link", "set", "br1", "up")
+    host.run("ip", "address", "add", "10.85.0.1/24", "dev", "br1")
+    for bridge in ("br0", "br1"):
+        assert vmbridge("start", "nat", bridge=bridge).returncode == 0
+    web = guest(vmbridge, "web", 11)
+    assert "router=10.83.0.1" in web.events()
+    second = guest(vmbridge, "second", 12, "10.84.0.1")
+    other = guest(vmbridge, "other", 13, "10.85.0.1", "br1")
+    [address] = web.addresses("10")
+
+    # Out: all networks of the bridge behind the host's address, for outside knows no route back.
+    assert all(client.pings("192.0.2.53") for client in (web, second, other))
+    # In: neither from outside nor from another bridge
+    for network in ("10.83.0.0/24", "10.84.0.0/24", "10.85.0.0/24", "198.51.100.0/24"):
+        outside.run("ip", "route", "add", network, "via", "192.0.2.1")
+    assert web.pings("10.84.0.12") and outside.pings("10.83.0.1")
+    assert not any(outside.pings(guest) for guest in (address, "10.84.0.12", "10.85.0.13"))
+    assert not web.pings("10.85.0.13") and not other.pings(address)
+    # ... where the bridge's dnsmasq is not asked, either,
+    assert web.resolve("router", "A") == ["10.83.0.1"]
+    assert outside.run("dig", "+short", "+tries=1", "+time=1", "@10.83.0.1", "router", check=False).returncode
+    # but by a destination NAT of the administrator's.
+    host.run("nft", "add table ip mine; add chain ip mine in { type nat hook prerouting priority -100; }")
+    host.run("nft", f"add rule ip mine in ip daddr 198.51.100.1 dnat to {address}")
+    assert outside.pings("198.51.100.1")
+
+    # Without nat after nat: nobody gets out, and none is told to.
+    assert "with other options" in vmbridge("start").stdout
+    assert not web.pings("192.0.2.53") and web.pings("10.83.0.1") and other.pings("192.0.2.53")
+    guest(vmbridge, "late", 14)
+    assert "router= " in host.clients[-1].events()
+    assert vmbridge("status").returncode == 0 and vmbridge("status", bridge="br1").returncode == 0
+    for bridge in ("br0", "br1"):
+        assert vmbridge("stop", bridge=bridge).returncode == 0
+    assert "vmbridge" not in vmbridge.ruleset()
+
+
+def test_ifup_after_a_failed_one_works_and_ifdown_leaves_nothing(vmbridge):
+    need("ifup")
+    vmbridge.script.chmod(0o644)
+    for _ in range(2):
+        failed = vmbridge.run("ifup", "vmbr0")
+        assert failed.returncode and "not executable" in failed.stderr and "File exists" not in failed.stderr
+    client = vmbridge.host.client("web", "10:66:6a:4c:a1:11", bridge="vmbr0")
+    vmbridge.script.chmod(0o755)
+    up = vmbridge.run("ifup", "vmbr0")
+    assert up.returncode == 0, up.stderr
+    assert vmbridge("status", bridge="vmbr0").returncode == 0 and "masquerade" in vmbridge.ruleset()
+    client.dhcp4("web")  # its port is on the bridge still
+    down = vmbridge.run("ifdown", "vmbr0")
+    assert down.returncode == 0, down.stderr
+    assert vmbridge.left() == []
+    assert vmbridge.host.run("ip", "link", "show", "vmbr0", check=False).returncode
