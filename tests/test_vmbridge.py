@@ -104,6 +104,12 @@ def guest(vmbridge, label, number, gateway="", bridge="br0"):
     return client
 
 
+def echoes(node):
+    """Return how many echo requests have come to a machine."""
+    names, values = (line.split() for line in node.run("grep", "^Icmp:", "/proc/net/snmp").stdout.splitlines())
+    return int(values[names.index("InEchos")])
+
+
 def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
     vmbridge.host.run("nft", "add", "table", "inet", "mine")
     assert vmbridge("status").returncode == 3
@@ -132,12 +138,14 @@ def test_vmbridge_leaves_a_process_that_is_not_its_own(vmbridge):
 
 
 def test_vmbridge_starts_at_once_are_one_start(vmbridge):
-    command = vmbridge.host.command(*vmbridge.command("vmbridge", "br0", "start", "nat"))
-    starts = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
-    said = sorted(start.communicate()[0].split(": ", 2)[2].split()[0] for start in starts)
-    assert said == ["runs", "runs", "runs", "started:"]
-    status = vmbridge("status")
-    assert status.returncode == 0 and "masquerade" in vmbridge.ruleset(), status.stdout
+    at_once = " ".join(["vmbridge br0 start nat &"] * 6)
+    for _ in range(5):
+        result = vmbridge.run("sh", "-c", f"{at_once} wait")
+        said = sorted(line.split(": ")[2].split()[0] for line in result.stdout.splitlines())
+        assert said == ["runs"] * 5 + ["started"] and result.stderr == ""
+        status = vmbridge("status")
+        assert status.returncode == 0 and "masquerade" in vmbridge.ruleset(), status.stdout
+        vmbridge("stop")
 
 
 def test_vmbridge_status_tells_what_is_gone_and_start_restores_it(vmbridge):
@@ -157,6 +165,17 @@ def test_vmbridge_status_tells_what_is_gone_and_start_restores_it(vmbridge):
     wait_for(lambda: not is_alive(pid), "its end")
     assert vmbridge("status").returncode == 1 and "ended by itself" in vmbridge("status").stdout
     assert vmbridge("start", "nat").returncode == 0 and vmbridge("status").returncode == 0
+
+
+def test_vmbridge_takes_over_what_a_killed_start_has_left(vmbridge):
+    (vmbridge.sbin / "dnsmasq").write_text("#!/bin/sh\nkill -9 $PPID\n")
+    (vmbridge.sbin / "dnsmasq").chmod(0o755)
+    assert vmbridge("start", "nat").returncode and "masquerade" in vmbridge.ruleset()
+    assert vmbridge("status").returncode == 3
+    (vmbridge.sbin / "dnsmasq").unlink()
+    assert vmbridge("start").returncode == 0 and vmbridge("status").returncode == 0
+    assert "masquerade" not in vmbridge.ruleset()
+    assert vmbridge("stop").returncode == 0 and vmbridge.left() == []
 
 
 @pytest.mark.parametrize(
@@ -320,7 +339,9 @@ def test_vmbridge_does_nat_if_asked_and_lets_nobody_in(vmbridge, outside):
 
     # Without nat after nat: nobody gets out, and none is told to.
     assert "with other options" in vmbridge("start").stdout
-    assert not web.pings("192.0.2.53") and web.pings("10.83.0.1") and other.pings("192.0.2.53")
+    before = echoes(outside)
+    assert not web.pings("192.0.2.53") and echoes(outside) == before
+    assert web.pings("10.83.0.1") and other.pings("192.0.2.53") and echoes(outside) == before + 1
     guest(vmbridge, "late", 14)
     assert "router= " in host.clients[-1].events()
     assert vmbridge("status").returncode == 0 and vmbridge("status", bridge="br1").returncode == 0
