@@ -1,6 +1,9 @@
 """The example bridge."""
 
+import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -52,8 +55,8 @@ class VMBridge:
     def __call__(self, *arguments: str, bridge: str = "br0") -> subprocess.CompletedProcess:
         return self.run("vmbridge", bridge, *arguments)
 
-    def pid(self, bridge: str = "br0") -> str:
-        path = self.runtime / f"vmbridge.{bridge}.pid"
+    def pid(self) -> str:
+        path = self.runtime / "vmbridge.br0.pid"
         return path.read_text().strip() if path.exists() else ""
 
     def ruleset(self) -> str:
@@ -74,8 +77,9 @@ def vmbridge(tmp_path):
     host.set("net/ipv4/ip_forward", "0")
     vmbridge = VMBridge(host)
     yield vmbridge
-    for path in list(vmbridge.runtime.glob("vmbridge.*.pid")):
-        vmbridge("stop", bridge=path.name.split(".")[1])
+    for pid in subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(ProcessLookupError):  # dnsmasq, also where a pid file does not tell of it
+            os.kill(int(pid), signal.SIGKILL)
     host.close()
 
 
