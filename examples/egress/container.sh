@@ -26,7 +26,7 @@ net=$(readlink "/proc/$pid/ns/net") || fail "$pid: no such process, or none that
 for own in 1 self; do
     [ "$net" != "$(readlink "/proc/$own/ns/net")" ] || fail "$pid: has the host's network, not one of its own"
 done
-file=$run/egress.${net#net:}.pid # by the namespace: there is no other of that number while our dnsmasq is in it
+file=$run/egress.$(echo "$net" | tr -cd 0-9).pid # by the namespace: no other has its number while our dnsmasq is in it
 
 enter() { nsenter --net="/proc/$pid/ns/net" "$@"; }
 
