@@ -49,7 +49,7 @@ start() {
     trap 'exit 1' HUP INT TERM
     trap end EXIT
     printf '%s\n' "$config" | enter dnsmasq --conf-file=- "--pid-file=$file" --user=nobody --interface=lo --port=10053 \
-        --bind-interfaces --no-resolv --no-hosts "--server=$1" 9>&- || fail "$pid: nothing is changed"
+        --bind-interfaces --no-resolv --no-hosts "--server=$1" || fail "$pid: nothing is changed"
     running || fail "$pid: nothing is changed, dnsmasq has ended"
     enter nft -f - <<END || fail "$pid: nothing is changed"
         table inet egress

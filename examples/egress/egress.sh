@@ -95,9 +95,9 @@ apply() {
     rm -f "$old"
     [ ! -e "$file" ] || cp -p "$file" "$old"
     mv "$new" "$file"
-    if ! $restart 9>&-; then
+    if ! $restart; then
         if [ -e "$old" ]; then mv "$old" "$file"; else rm -f "$file"; fi
-        $restart 9>&- || fail "dnsmasq does not start, with the old configuration neither"
+        $restart || fail "dnsmasq does not start, with the old configuration neither"
         fail "dnsmasq does not start with the new configuration: the old one is back"
     fi
     rm -f "$old"
