@@ -1,13 +1,20 @@
 """The example routed."""
 
 import re
+import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from lab import EXAMPLES, Client, Host, environment, wait_for
+from conftest import PROGRAMS, need
+from lab import EXAMPLES, Client, Host, Namespace, environment, wait_for
 
+scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
+BINDING = EXAMPLES / "routed" / "binding.sh"
+RULES = EXAMPLES / "routed" / "routed.nft"
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Routed:
@@ -18,31 +25,58 @@ class Routed:
         for name in ("hosts", "options", "bindings"):
             (self.state / name).mkdir(parents=True)
         (host.folder / "instances.hosts.d").mkdir()
+        self.config = host.example("routed/gw0.conf")
+        self.config.write_text(self.config.read_text().replace("/run/dnsmasq", f"{host.folder}/dnsmasq"))
+        self.env = environment(host.base, ROUTED_STATE=str(self.state), ROUTED_PID=f"{host.folder}/dnsmasq.gw0.pid")
+        self.boot()
+
+    def boot(self) -> None:
+        """Do what README has for each boot, but for the bindings."""
+        self.make_gateway()
+        for variable in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+            self.host.set(variable, "1")
+        self.host.run("nft", "-f", RULES)
+        self.start_dnsmasq()
+
+    def make_gateway(self) -> None:
+        """Make the device that has the gateway's addresses."""
         for command in (
             "link add gw0 type bridge",
             "link set gw0 up",
             "address add 10.85.0.1/24 dev gw0",
             "address add 2001:67c:85::1/64 dev gw0 nodad",
         ):
-            host.run("ip", *command.split())
-        for variable in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
-            host.set(variable, "1")
-        host.run("nft", "-f", EXAMPLES / "routed" / "routed.nft")
-        config = host.example("routed/gw0.conf")
-        config.write_text(config.read_text().replace("/run/dnsmasq", f"{host.folder}/dnsmasq"))
-        self.env = environment(host.base, ROUTED_STATE=str(self.state), ROUTED_PID=f"{host.folder}/dnsmasq.gw0.pid")
-        with open(host.log, "a") as log:
-            dnsmasq = ["dnsmasq", f"--conf-file={config}", "--keep-in-foreground", "--user=root", "--no-resolv"]
-            host.start(*dnsmasq, "--log-facility=-", "--log-dhcp", env=self.env, stdout=log, stderr=log)
-        wait_for(lambda: "started, version" in host.log.read_text(), "dnsmasq")
+            self.host.run("ip", *command.split())
 
-    def guest(self, number: int) -> Client:
-        """Add a guest on the device tapNUMBER, which has no binding yet."""
-        return self.host.client(f"guest{number}", f"10:66:6a:4c:a1:1{number}", port=f"tap{number}", bridge="")
+    def start_dnsmasq(self) -> None:
+        """Start the example's dnsmasq; return when it answers."""
+        log = self.host.log
+        started = log.read_text().count("started, version") if log.exists() else 0
+        options = ["--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp"]
+        with open(log, "a") as file:
+            command = ["dnsmasq", f"--conf-file={self.config}", *options]
+            self.dnsmasq = self.host.start(*command, env=self.env, stdout=file, stderr=file)
+        wait_for(lambda: log.read_text().count("started, version") > started, "dnsmasq")
 
-    def binding(self, *arguments: str) -> subprocess.CompletedProcess:
+    def guest(self, number: int, device: str = "") -> Client:
+        """Add a guest on the device tapNUMBER, or another, that has no binding yet."""
+        return self.host.client(f"guest{number}", f"10:66:6a:4c:a1:1{number}", device or f"tap{number}", bridge="")
+
+    def binding(self, *arguments, **variables: str) -> subprocess.CompletedProcess:
         """Run binding.sh."""
-        return self.host.run(EXAMPLES / "routed" / "binding.sh", *arguments, env=self.env, check=False)
+        return self.host.run(BINDING, *arguments, env=self.env | variables, check=False)
+
+    def add(self, number: int, **changes: str) -> str:
+        """Add a binding; return what was said."""
+        result = self.binding("add", self.file(number, **changes))
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    def remove(self, *arguments) -> None:
+        """Remove bindings."""
+        for argument in arguments:
+            result = self.binding("remove", argument)
+            assert result.returncode == 0, result.stderr
 
     def file(self, number: int, *lines: str, **changes: str) -> Path:
         """Write a binding file."""
@@ -53,98 +87,513 @@ class Routed:
         path.write_text("\n".join([f"{key}={value}" for key, value in values.items() if value] + list(lines)) + "\n")
         return path
 
+    def listing(self) -> str:
+        """Return the guard's table, the counters apart."""
+        listing = self.host.run("nft", "list", "table", "inet", "routed").stdout
+        return re.sub(r"packets \d+ bytes \d+", "", listing)
+
+    def kernel(self) -> str:
+        """Return what the kernel has of devices, addresses, routes and rules, but for what it makes by itself."""
+        commands = ("link show", "address show scope global", "-6 neighbour show proxy")
+        commands += ("-4 route show table all", "-6 route show table all")
+        texts = [self.host.run("ip", *command.split()).stdout for command in commands]
+        flags = [
+            f"/proc/sys/net/ipv4/conf/{d}/proxy_arp" for d in re.findall(r"^\d+: ([^:@]+)", texts[0], re.MULTILINE)
+        ]
+        lines = "".join([*texts, self.host.run("cat", *flags).stdout, self.listing()]).splitlines(keepends=True)
+        return "".join(line for line in lines if not re.search("fe80|ff00", line))
+
+    def drops(self) -> int:
+        """Return how many packets the guard has dropped."""
+        listing = self.host.run("nft", "list", "table", "inet", "routed").stdout
+        return sum(map(int, re.findall(r"counter packets (\d+) bytes \d+ drop", listing)))
+
+    def leases(self) -> str:
+        """Return dnsmasq's leases."""
+        paths = (self.state / "leases", self.host.folder / "dnsmasq.gw0.leases")
+        return "".join(path.read_text() for path in paths if path.exists())
+
 
 @pytest.fixture
 def routed(host):
+    need("flock", "dhcp_release")
     return Routed(host)
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """A host for the tests that leave it as it was."""
+    need(*PROGRAMS, "flock", "dhcp_release")
+    host = Host(tmp_path_factory.mktemp("routed"))
+    try:
+        yield Routed(host)
+    finally:
+        host.close()
+
+
+def has_default_route(guest: Client) -> bool:
+    return guest.run("ip", "-6", "route", "show", "default").stdout != ""
 
 
 def test_routed_example_binds_guests_to_their_devices(routed):
     host = routed.host
     guests = [routed.guest(number) for number in range(3)]
     for number in range(2):
-        result = routed.binding("add", routed.file(number))
-        assert result.returncode == 0, result.stderr
-        guests[number].dhcp4()
+        routed.add(number)
+        guests[number].dhcp4("wpad")
         assert guests[number].addresses("10") == [f"10.85.0.1{number}"] and "mtu=1400" in guests[number].events()
         guests[number].run("ip", "route", "add", "default", "via", "10.85.0.1")
+        guests[number].send(solicitation(guests[number]))
         wait_for(lambda n=number: guests[n].addresses("2001"), "an address by SLAAC")
-    assert routed.binding("list").stdout.count("\n") == 2
+        assert guests[number].run("cat", "/proc/sys/net/ipv6/conf/eth0/mtu").stdout == "1400\n"
+    listed = [line.split() for line in routed.binding("list").stdout.splitlines()]
+    assert [(line[0], line[2]) for line in listed] == [("tap0", "10.85.0.10"), ("tap1", "10.85.0.11")]
     assert {i["name"]: i["ipv4"] for i in host.registry().values()} == {"guest0": "10.85.0.10", "guest1": "10.85.0.11"}
     one, two = guests[:2]
-    assert two.addresses("2001") == ["2001:67c:85::1266:6aff:fe4c:a111"] or two.addresses("2001")[0].endswith(
-        "fe4c:a111"
-    )
+    assert two.addresses("2001") == ["2001:67c:85:0:1266:6aff:fe4c:a111"]
     for address in ("10.85.0.1", "2001:67c:85::1", *two.addresses("10"), *two.addresses("2001")):
         wait_for(lambda a=address: one.pings(a), f"a ping of {address}")
-    reply = one.run("dig", "+short", "@10.85.0.1", "guest1.instance.internal", "A", check=False).stdout
+    reply = one.run("dig", "+short", "@10.85.0.1", "guest1.lease.instance.internal", "A", check=False).stdout
     assert reply.split() == ["10.85.0.11"]
 
     # A guest without a binding gets nothing
-    def dropped():
-        listing = host.run("nft", "list", "chain", "inet", "routed", "prerouting").stdout
-        return int(re.search(r"bound counter packets (\d+)", listing)[1])
-
-    before = dropped()
+    before = routed.drops()
     guests[2].start_dhcp4()
-    wait_for(lambda: dropped() >= before + 2, "the drop of its requests")
+    wait_for(lambda: routed.drops() >= before + 2, "the drop of its requests")
     assert "bound" not in guests[2].events() and guests[2].mac not in host.registry()
-    assert not guests[2].addresses("2001")
+    assert not guests[2].addresses("2001") and not has_default_route(guests[2])
 
     # A guest can't use another's address
     one.run("ip", "address", "add", "10.85.0.11/24", "dev", "eth0")
     assert one.pings("10.85.0.1")
+    before = routed.drops()
     forged = one.run("ping", "-n", "-c", "1", "-W", "2", "-I", "10.85.0.11", "10.85.0.1", check=False)
-    assert forged.returncode == 1
-    assert re.search(r"counter packets [1-9]", host.run("nft", "list", "chain", "inet", "routed", "prerouting").stdout)
+    assert forged.returncode == 1 and routed.drops() > before
 
     one.run("ip", "address", "delete", "10.85.0.11/24", "dev", "eth0")
-    assert routed.binding("remove", host.folder / "binding1").returncode == 0
+    routed.remove(host.folder / "binding1")
     assert not one.pings("10.85.0.11") and "tap1" not in routed.binding("list").stdout
-    assert (
-        "10.85.0.11" not in host.run("ip", "route").stdout + host.run("nft", "list", "table", "inet", "routed").stdout
-    )
-    assert routed.binding("remove", host.folder / "binding1").returncode == 1
+    assert "10.85.0.11" not in routed.kernel()
+    again = routed.binding("remove", host.folder / "binding1")
+    assert again.returncode == 1 and "has no binding" in again.stderr
 
 
-def test_routed_example_makes_and_deletes_a_tap(routed):
-    binding = routed.file(7)
-    assert routed.binding("add", binding).returncode == 0
-    assert "tun type tap" in routed.host.run("ip", "-details", "link", "show", "tap7").stdout
-    assert routed.binding("add", binding).returncode == 1
-    assert routed.binding("remove", binding).returncode == 0
-    assert (
-        not Path("/sys/class/net/tap7").exists()
-        and routed.host.run("ip", "link", "show", "tap7", check=False).returncode
+def test_dnsmasq_lives_on_and_the_address_of_a_removed_guest_is_free_at_once(routed):
+    one, two = routed.guest(0), routed.guest(1)
+    file = routed.file(0)
+    routed.add(0)
+    one.dhcp4()
+    routed.remove(file)
+    wait_for(lambda: one.mac not in routed.leases(), "the end of the lease")
+    for mtu in ("1300", ""):  # what a former binding of the device had is forgotten
+        routed.add(1, MTU=mtu)
+        routed.remove("tap1")
+    routed.add(1, IP="10.85.0.10")
+    two.dhcp4()
+    assert two.addresses("10") == ["10.85.0.10"] and "mtu=1400" in two.events()
+    routed.remove("tap1")
+    routed.add(1, IP="10.85.0.10", MTU="")
+    before = two.events()
+    two.start_dhcp4()
+    wait_for(lambda: "bound 10.85.0.10" in two.events()[len(before) :], "its lease again")
+    assert "mtu=1" not in two.events()[len(before) :]
+    for _ in range(2):  # a lease with an option of its own, and configuration read again
+        read = routed.host.log.read_text().count("cleared cache")
+        routed.dnsmasq.send_signal(signal.SIGHUP)
+        wait_for(
+            lambda n=read: routed.host.log.read_text().count("cleared cache") > n or routed.dnsmasq.poll() is not None,
+            "SIGHUP",
+        )
+        assert routed.dnsmasq.poll() is None
+
+    # While dnsmasq is down, too
+    routed.host.stop(routed.dnsmasq)
+    routed.remove("tap1")
+    routed.add(0)
+    routed.start_dnsmasq()
+    events = one.events().count("bound")
+    one.start_dhcp4()
+    wait_for(lambda: one.events().count("bound 10.85.0.10") > events, "the address for its first holder")
+
+
+@pytest.mark.parametrize("edit", ["", "INDEV=tap9", "IP=10.85.0.99", "MAC=10:66:6a:4c:a1:99", "SUBNET6=", None])
+def test_remove_undoes_what_was_done_whatever_the_file_says_now(standing, edit):
+    if "vif5" not in standing.host.run("ip", "link").stdout:
+        standing.guest(5, "vif5")
+    before = standing.kernel()
+    file = standing.file(5, INDEV="vif5")
+    standing.add(5, INDEV="vif5")
+    assert "10.85.0.15" in standing.kernel() and "2001:67c:85:0:1266:6aff:fe4c:a115" in standing.kernel()
+    if edit is None:
+        file.unlink()
+    else:
+        file.write_text(file.read_text() + edit + "\n")
+    standing.remove(file)
+    assert standing.kernel() == before
+    assert not [path for name in ("hosts", "options", "bindings") for path in (standing.state / name).iterdir()]
+
+
+def test_restore_brings_all_back_after_a_boot(routed):
+    host = routed.host
+    routed.guest(5, "vif5")
+    routed.add(5, INDEV="vif5")
+    routed.add(7)
+    # A boot: the kernel forgets all, the files stay
+    host.stop(routed.dnsmasq)
+    for device in ("tap7", "vif5", "gw0"):
+        host.run("ip", "link", "delete", device)
+    host.run("nft", "flush", "ruleset")
+    routed.boot()
+    result = routed.binding("restore")
+    assert result.returncode == 0, result.stderr
+    assert "tap7: restored" in result.stderr and "vif5: not there yet" in result.stderr
+    assert "tun type tap" in host.run("ip", "-details", "link", "show", "tap7").stdout
+    routed.guest(5, "vif5")
+    result = routed.binding("restore", "vif5")
+    assert result.returncode == 0 and "not there" not in result.stderr
+    guest = host.clients[-1]
+    guest.dhcp4()
+    assert guest.pings("10.85.0.1")
+    guest.send(solicitation(guest))
+    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    wait_for(lambda: guest.pings("2001:67c:85::1"), "a ping over IPv6")
+    state = routed.kernel()
+    assert routed.binding("restore").returncode == 0 and routed.kernel() == state
+    routed.remove("vif5", "tap7")
+    assert "tap7" not in routed.kernel()
+    assert routed.binding("restore", "tap7").returncode == 1
+
+
+def test_restore_goes_on_after_a_binding_that_it_can_not_bring_back(standing):
+    standing.add(6)
+    standing.add(7)
+    standing.host.run("ip", "link", "delete", "tap6")
+    standing.host.run("ip", "link", "delete", "tap7")
+    standing.host.run("ip", "link", "add", "tap6", "type", "bridge")  # with no room for the MTU
+    (standing.state / "bindings" / "tap6").write_text(
+        (standing.state / "bindings" / "tap6").read_text().replace("mtu=1400", "mtu=9999999")
     )
+    result = standing.binding("restore")
+    assert result.returncode == 1 and "tap7: restored" in result.stderr and "tap6: restored" not in result.stderr
+    standing.remove("tap6", "tap7")
+
+
+def test_add_that_was_killed_half_way_is_undone_or_finished(standing, tmp_path):
+    before = standing.kernel()
+    killer = tmp_path / "ip"
+    kill = 'case "$*" in "route replace"*) kill -9 "$PPID" ;; esac'
+    killer.write_text(f'#!/bin/sh\n{kill}\nexec {shutil.which("ip", path=PATH)} "$@"\n')
+    killer.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{standing.env['PATH']}"}
+    assert standing.binding("add", standing.file(7), **env).returncode == -signal.SIGKILL
+    again = standing.binding("add", standing.file(7))
+    assert again.returncode == 1 and "remove it first" in again.stderr
+    standing.remove("tap7")
+    assert standing.kernel() == before
+    assert standing.binding("add", standing.file(7), **env).returncode == -signal.SIGKILL
+    assert standing.binding("restore").returncode == 0
+    killed = standing.kernel()
+    standing.remove("tap7")
+    standing.add(7)
+    assert without_numbers(standing.kernel()) == without_numbers(killed)
+    standing.remove("tap7")
+
+
+def without_numbers(kernel: str) -> str:
+    """Return the text without what is another for each new device: its index and its own hardware address."""
+    return re.sub(r"^\d+:|link/ether \S+", "", kernel, flags=re.MULTILINE)
+
+
+def test_add_that_fails_leaves_nothing(standing):
+    before = standing.kernel()
+    assert standing.binding("add", standing.file(7, MTU="65535")).returncode
+    assert standing.kernel() == before and standing.binding("list").stdout == ""
+
+
+def test_no_guest_ends_anothers_lease_by_its_hardware_address(standing):
+    one, two = standing.guest(0), standing.guest(1)
+    for number in range(2):
+        standing.add(number)
+    client = one.dhcp4()
+    two.dhcp4()
+
+    def message(kind, source, target, sender, victim, address, **fields):
+        options = [("message-type", kind), ("server_id", "10.85.0.1")]
+        options += [("requested_addr", address)] if kind == "decline" else []
+        bootp = scapy.BOOTP(chaddr=bytes.fromhex(victim.mac.replace(":", "")), ciaddr=address, xid=7, **fields)
+        ether = scapy.Ether(src=sender, dst="ff:ff:ff:ff:ff:ff" if target == "255.255.255.255" else router)
+        udp = scapy.UDP(sport=68, dport=67) / bootp / scapy.DHCP(options=[*options, "end"])
+        return bytes(ether / scapy.IP(src=source, dst=target) / udp)
+
+    router = standing.host.run("cat", "/sys/class/net/tap1/address").stdout.strip()
+    attempts = [
+        (kind, source, target, sender)
+        for kind in ("decline", "release")
+        for source, target in (("0.0.0.0", "255.255.255.255"), ("10.85.0.11", "10.85.0.1"))
+        for sender in (two.mac, one.mac)
+    ]
+    frames = [message(*attempt, one, "10.85.0.10") for attempt in attempts]
+    own = ("release", "10.85.0.11", "10.85.0.1", two.mac, two, "10.85.0.11")
+    frames += [message(*own, **fields) for fields in ({"giaddr": "10.85.0.10"}, {"htype": 6}, {"hlen": 5})]
+    before = standing.drops()
+    two.send(*frames)
+    wait_for(lambda: standing.drops() >= before + len(frames), "the drop of all of them")
+    assert two.mac in standing.leases()
+    # Its own release comes after them: they are through when that has been heard
+    two.send(message(*own))
+    wait_for(lambda: two.mac not in standing.leases(), "its own release")
+    assert one.mac in standing.leases()
+    client.send_signal(signal.SIGUSR1)
+    wait_for(lambda: "renew 10.85.0.10" in one.events(), "a renewal")
+    standing.remove("tap0", "tap1")
+
+
+def test_no_guest_asks_a_server_elsewhere_or_is_one(standing):
+    host, guest = standing.host, standing.guest(2)
+    standing.add(2)
+    guest.dhcp4()
+    guest.run("ip", "route", "add", "default", "via", "10.85.0.1")
+    outside = Namespace("outside")
+    try:
+        host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "eth0", "netns", outside.name)
+        host.run("ip", "link", "set", "uplink", "up")
+        host.run("ip", "address", "add", "192.0.2.1/24", "dev", "uplink")
+        outside.run("ip", "link", "set", "eth0", "up")
+        outside.run("ip", "address", "add", "192.0.2.9/24", "dev", "eth0")
+        count = "table inet c { counter dhcp { }; counter other { }; chain c { type filter hook input priority 0;"
+        count += "udp dport { 67, 68 } counter name dhcp; udp dport 5000 counter name other; }; }"
+        outside.run("nft", count)
+        send = "import socket\nfor ports in ((68, 67), (67, 68), (68, 5000)):\n"
+        send += "    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', ports[0]))\n"
+        send += (
+            "    s.sendto(bytes.fromhex('01010600' + 24 * '00' + '10666a4ca112' + 250 * '00'), ('192.0.2.9', ports[1]))"
+        )
+
+        def received(counter):
+            return "packets 0" not in outside.run("nft", "list", "counter", "inet", "c", counter).stdout
+
+        wait_for(lambda: guest.run("python3", "-c", send) and received("other"), "what else it sends")
+        assert not received("dhcp")
+    finally:
+        outside.close()
+        standing.remove("tap2")
+
+
+def test_guest_is_no_router_for_the_host(standing):
+    guest = standing.guest(9)
+    standing.add(9)
+    standing.host.set("net/ipv6/conf/tap9/accept_ra", "2")
+    own = guest.addresses("fe80")[0]
+    ip = scapy.Ether(src=guest.mac, dst="33:33:00:00:00:01") / scapy.IPv6(src=own, dst="ff02::1", hlim=255)
+    frame = bytes(ip / scapy.ICMPv6ND_RA(routerlifetime=600))
+    before = standing.drops()
+    guest.send(frame, frame)
+    wait_for(lambda: standing.drops() >= before + 2, "the drop of its advertisements")
+    assert own not in standing.host.run("ip", "-6", "route").stdout
+    standing.remove("tap9")
+
+
+def test_binding_without_subnet6_gets_no_address_and_no_default_route(standing):
+    guest = standing.guest(3)
+    for changes in ({}, {"EUI64": "2001:67c:85::13"}):
+        solicited = standing.host.log.read_text().count("RTR-ADVERT(tap3)")
+        standing.add(3, SUBNET6="", **changes)
+        guest.run("ip", "link", "set", "eth0", "down")
+        guest.run("ip", "link", "set", "eth0", "up")
+        wait_for(lambda: guest.addresses("fe80"), "a link-local address, of which it solicits")
+        guest.send(solicitation(guest))
+        guest.dhcp4()  # what dnsmasq did before it has been done
+        assert not guest.addresses("2001") and not has_default_route(guest)
+        assert standing.host.log.read_text().count("RTR-ADVERT(tap3)") == solicited
+        standing.remove("tap3")
+        for process in list(guest.processes):
+            guest.stop(process)
+        Path(f"{guest.script}.log").unlink()
+
+
+def solicitation(guest: Client) -> bytes:
+    """Return a router solicitation."""
+    ip = scapy.Ether(src=guest.mac, dst="33:33:00:00:00:02") / scapy.IPv6(
+        src=guest.addresses("fe80")[0], dst="ff02::2", hlim=255
+    )
+    return bytes(ip / scapy.ICMPv6ND_RS())
+
+
+def test_binding_without_ip_has_ipv6_only(standing):
+    guest = standing.guest(4)
+    standing.add(4, IP="", MTU="")
+    guest.send(solicitation(guest))
+    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    wait_for(lambda: guest.pings("2001:67c:85::1"), "a ping of the gateway")
+    ip = scapy.IPv6(src=guest.addresses("fe80")[0], dst="ff02::1:2") / scapy.UDP(sport=546, dport=547)
+    request = ip / scapy.DHCP6_InfoRequest(trid=7) / scapy.DHCP6OptClientId(duid=scapy.DUID_LL(lladdr=guest.mac))
+    guest.send(bytes(scapy.Ether(src=guest.mac, dst="33:33:00:01:00:02") / request))
+    wait_for(lambda: "DHCPINFORMATION-REQUEST(tap4)" in standing.host.log.read_text(), "stateless DHCPv6")
+    before = standing.drops()
+    guest.start_dhcp4()
+    wait_for(lambda: standing.drops() >= before + 2, "the drop of its requests")
+    assert guest.events().count("bound") == 0
+    standing.remove("tap4")
+
+
+def test_two_adds_of_one_address_at_once_are_one(standing, tmp_path):
+    before = standing.kernel()
+    slow = tmp_path / "nft"  # after the check, before the record
+    slow.write_text(f'#!/bin/sh\n[ "$1" != get ] || sleep 0.5\nexec {shutil.which("nft", path=PATH)} "$@"\n')
+    slow.chmod(0o755)
+    env = standing.env | {"PATH": f"{tmp_path}:{standing.env['PATH']}"}
+    files = [standing.file(number, IP="10.85.0.77", SUBNET6="") for number in range(6, 10)]
+    command = standing.host.command(BINDING, "add")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([*command, path], env=env, text=True, **pipes) for path in files]
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert sorted(process.returncode for process in started) == [0, 1, 1, 1], said
+    assert sum("10.85.0.77 has a binding already" in text for text in said) == 3
+    assert len(re.findall(r'bindings4|"tap\d" . \S+ . 10.85.0.77', standing.listing())) == 3  # set, rule, element
+    standing.remove(standing.binding("list").stdout.split()[0])
+    assert standing.kernel() == before
+
+
+def test_rules_loaded_again_are_the_same_and_keep_the_bindings(standing):
+    standing.add(7)
+    before = standing.listing()
+    standing.host.run("nft", "-f", RULES)
+    assert standing.listing() == before and "10.85.0.17" in before
+    saved = standing.host.run("nft", "list", "ruleset").stdout  # people save it so
+    other = Namespace("saved")
+    try:
+        other.run("nft", "-f", "-", input=saved)
+        assert (
+            re.sub(r"packets \d+ bytes \d+", "", other.run("nft", "list", "table", "inet", "routed").stdout) == before
+        )
+    finally:
+        other.close()
+        standing.remove("tap7")
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"INDEV": ""},
-        {"MAC": ""},
-        {"IP": ""},
-        {"INDEV": "eth0"},
-        {"INDEV": "tap0/../x"},
-        {"MAC": "06-10:66:6a:4c:a1:11"},
-        {"IP": "10.85.0.300"},
-        {"HOSTNAME": "3cx"},
-        {"HOSTNAME": "a,b"},
-        {"MTU": "9"},
-        {"SUBNET6": "2001:67c:85::/80"},
-        {"GATEWAY6": "2001::67c::1"},
-    ],
+    ("said", "name"),
+    [("web.example.org", "web"), ("my_host", ""), ("my_host.example.org", ""), ("3cx", ""), ("a,b", "")],
 )
-def test_routed_example_refuses_a_bad_binding_and_does_nothing(routed, changes):
-    before = routed.host.run("ip", "-details", "link").stdout
-    result = routed.binding("add", routed.file(5, **changes))
-    assert (
-        result.returncode != 0
-        and result.stderr
-        and "binding" in result.stderr
-        or changes == {"GATEWAY6": "2001::67c::1"}
-    )
-    assert routed.binding("list").stdout == "" and not list((routed.state / "hosts").iterdir())
-    assert "10.85.0.15" not in routed.host.run("nft", "list", "ruleset").stdout
-    assert routed.host.run("ip", "-details", "link").stdout.count("tap") == before.count("tap")
+def test_host_name_is_the_first_label_or_none_with_a_warning(standing, said, name):
+    text = standing.add(7, HOSTNAME=said)
+    lease = (standing.state / "hosts" / "tap7").read_text().split(",")
+    standing.remove("tap7")
+    assert lease[-1].strip() == (name or "10.85.0.17")
+    assert ("can't be a host name" in text) == (not name)
+
+
+def test_guest_of_a_binding_without_a_usable_name_has_none(standing):
+    guest = standing.guest(8)
+    standing.add(8, HOSTNAME="my_host")
+    guest.dhcp4("chosen")
+    assert standing.host.registry()[guest.mac]["name"] == ""
+    standing.remove("tap8")
+
+
+def test_prefix_and_addresses_written_out_are_the_same(standing):
+    texts = []
+    long = {"SUBNET6": "2001:067C:0085:0000:0000:0000:0000:0000/64", "GATEWAY6": "2001:67c:85:0:0:0:0:1"}
+    for changes in ({}, long, {"EUI64": "2001:67c:85:0:1266:6AFF:FE4C:A117"} | long):
+        standing.add(7, **changes)
+        texts.append(without_numbers(standing.kernel()))
+        standing.remove("tap7")
+    assert texts[0] == texts[1] == texts[2] and "2001:67c:85:0:1266:6aff:fe4c:a117" in texts[0]
+
+
+def test_routed_example_makes_and_deletes_a_tap(standing):
+    before = standing.kernel()
+    file = standing.file(7).rename(standing.host.folder / "guest 7's $(binding)")
+    assert standing.binding("add", file).returncode == 0
+    assert "tun type tap" in standing.host.run("ip", "-details", "link", "show", "tap7").stdout
+    assert standing.binding("add", file).returncode == 1
+    standing.remove(file)
+    assert standing.kernel() == before
+
+
+REFUSED = [
+    {"INDEV": ""},
+    {"MAC": ""},
+    {"IP": "", "SUBNET6": ""},
+    {"INDEV": "eth0"},
+    {"INDEV": "gw0"},
+    {"INDEV": "uap0"},
+    {"INDEV": "vif9"},
+    {"INDEV": "tap0/../x"},
+    {"INDEV": "tap4567890123456"},
+    {"MAC": "06-10:66:6a:4c:a1:11"},
+    {"MAC": "11:66:6a:4c:a1:11"},
+    {"MAC": "ff:ff:ff:ff:ff:ff"},
+    {"MAC": "00:00:00:00:00:00"},
+    {"IP": "10.85.0.300"},
+    {"IP": "10.85.0.1"},
+    {"IP": "10.85.0.0"},
+    {"IP": "10.85.0.255"},
+    {"IP": "10.85.1.5"},
+    {"IP": "127.0.0.1"},
+    {"IP": "255.255.255.255"},
+    {"IP": "2001:67c:85::15"},
+    {"MTU": "9"},
+    {"MTU": "1400x"},
+    {"MTU": "70000"},
+    {"SUBNET6": "2001:67c:85::/80"},
+    {"SUBNET6": "2001:67c:85::85::/64"},
+    {"SUBNET6": "2001:67c:86::/64"},
+    {"SUBNET6": "2001:67c:85::1/64"},
+    {"SUBNET6": "10.85.0.0/24"},
+    {"GATEWAY6": "2001::67c::1"},
+    {"GATEWAY6": "2001:67c:85::2"},
+    {"EUI64": "2001:67c:85::1"},
+    {"EUI64": "2001:67c:85::"},
+    {"EUI64": "2001:67c:86::15"},
+    {"EUI64": "2001:67c:85::15%gw0"},
+    {"EUI64": "2001:67c:85::15", "SUBNET6": "2001:67c:86::/64"},
+    {"EUI64": "10.85.0.15"},
+]
+
+
+def test_what_can_not_be_is_refused_in_a_line_and_changes_nothing(standing):
+    before = standing.kernel()
+    for changes in REFUSED:
+        result = standing.binding("add", standing.file(5, **changes))
+        assert result.returncode == 1, changes
+        assert re.fullmatch(r"binding\.sh: (\S+binding5: )?.+\n", result.stderr), result.stderr
+        assert any(word in result.stderr for pair in changes.items() for word in pair if word), changes
+    missing = standing.binding("add", standing.host.folder / "missing")
+    assert missing.returncode == 1 and missing.stderr.endswith("missing: No such file or directory\n")
+    assert standing.kernel() == before and standing.binding("list").stdout == ""
+    assert not list((standing.state / "hosts").iterdir())
+
+
+@pytest.mark.parametrize("lacks", ["gw0", "rules"])
+def test_add_without_gateway_or_rules_is_refused_and_changes_nothing(routed, lacks):
+    command = {"gw0": "ip link delete gw0", "rules": "nft delete table inet routed"}[lacks]
+    routed.host.run(*command.split())
+    result = routed.binding("add", routed.file(7))
+    assert result.returncode == 1 and {"gw0": "gw0", "rules": "nft -f routed.nft"}[lacks] in result.stderr
+    assert "tap7" not in routed.host.run("ip", "link").stdout and routed.binding("list").stdout == ""
+
+
+def test_device_in_a_bridge_is_refused(standing):
+    standing.host.run("ip", "link", "add", "vif4", "type", "veth", "peer", "name", "other")
+    standing.host.run("ip", "link", "set", "vif4", "master", "br0")
+    before = standing.kernel()
+    result = standing.binding("add", standing.file(4, INDEV="vif4"))
+    assert result.returncode == 1 and "vif4 is in a bridge" in result.stderr
+    assert standing.kernel() == before
+    standing.host.run("ip", "link", "delete", "vif4")
+
+
+def test_binding_of_what_another_has_is_refused(standing):
+    standing.add(7)
+    for changes in (
+        {"INDEV": "tap7"},
+        {"MAC": "10:66:6a:4c:a1:17"},
+        {"IP": "10.85.0.17"},
+        {"EUI64": "2001:67c:85:0:1266:6aff:fe4c:a117"},
+    ):
+        result = standing.binding("add", standing.file(8, **changes))
+        assert result.returncode == 1 and "has a binding already, on tap7: remove it first" in result.stderr
+    same = standing.file(7, INDEV="tap8", MAC="10:66:6a:4c:a1:18", IP="10.85.0.18")
+    assert standing.binding("add", same).returncode == 1
+    standing.remove("tap7")
