@@ -24,22 +24,16 @@ CHAINS = """\
 # MAC address with itself, and with what its link-local address has of it, a bit flipped (RFC 4291, appendix A).
 set instances_same_mac {
     typeof @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24
-    size 65536
-    flags dynamic,timeout
-    timeout 1m
+    size 65536; flags dynamic,timeout; timeout 1m
 }
 set instances_same_eui64 {
     typeof @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24
-    size 65536
-    flags dynamic,timeout
-    timeout 1m
+    size 65536; flags dynamic,timeout; timeout 1m
 }
 # The senders of what was dropped since this was loaded
 set instances_dropped {
     type ether_addr
-    size 65536
-    flags dynamic
-    counter
+    size 65536; flags dynamic; counter
 }
 chain instances_drop {
     update @instances_dropped { ether saddr }
@@ -111,12 +105,9 @@ chain instances_drop_rogue {
     icmpv6 type { nd-router-advert, nd-redirect } counter goto instances_drop
     udp sport { 67, 547 } counter goto instances_drop
     udp dport { 68, 546 } counter goto instances_drop
-    exthdr frag exists frag frag-off 0 jump instances_drop_headless
-}
-# A first fragment has all headers up to the upper layer's (RFC 7112, section 5).
-chain instances_drop_headless {
-    @th,0,8 >= 0 return
-    counter goto instances_drop
+    # A first fragment has all headers up to the upper layer's (RFC 7112, section 5), of which an octet can be read.
+    exthdr frag exists frag frag-off 0 @th,0,8 >= 0 return
+    exthdr frag exists frag frag-off 0 counter goto instances_drop
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
@@ -130,8 +121,8 @@ FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
 def say(message, descriptor=2):
-    """Write one line, on standard error unless told otherwise, with all but printable ASCII escaped."""
-    line = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in f"{os.path.basename(__file__)}: {message}")
+    """Write one line of printable ASCII, on standard error unless told otherwise."""
+    line = ascii(f"{os.path.basename(__file__)}: {message}")[1:-1]
     try:
         os.write(descriptor, f"{line}\n".encode())
     except OSError:  # what is done is done, whether or not anybody reads of it
@@ -147,10 +138,19 @@ def base_path():
     return f"{path}-{suffix}" if suffix else path
 
 
+RANGES = (  # first, end, field; written out, since those of the module ipaddress change with Python
+    (b"\xfe\x80", b"\xfe\xc0", "ipv6_lla"),  # fe80::/10, RFC 4291, section 2.5.6
+    (b"\xfc", b"\xfe", "ipv6_ula"),  # fc00::/7, RFC 4193, section 3.1
+    (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
+    (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
+    (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
+)
+
+
 def is_mac(text):
     """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
     digits = text.replace(":", "")
-    return len(digits) == 12 and text[2::3] == ":::::" and len(text) == 17 and not digits.strip("0123456789abcdef")
+    return len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
 
 
 def is_name(text):
@@ -160,37 +160,27 @@ def is_name(text):
 
 
 def parse_address(text):
-    """Return an address's field ("" if its kind has none), RFC 5952 form and bytes, or raise ValueError."""
+    """Return an address's field ("" if its kind has none) and RFC 5952 form. ValueError if it is no address."""
     try:
         if ":" not in text:
-            return "ipv4", text, inet_pton(AF_INET, text)
+            inet_pton(AF_INET, text)
+            return "ipv4", text
         packed = inet_pton(AF_INET6, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    field = ""  # the ranges are written out, for those of the module ipaddress change with Python
-    if b"\xfe\x80" <= packed < b"\xfe\xc0":  # fe80::/10, RFC 4291, section 2.5.6
-        field = "ipv6_lla"
-    elif b"\xfc" <= packed < b"\xfe":  # fc00::/7, RFC 4193, section 3.1
-        field = "ipv6_ula"
-    elif packed.startswith(b"\x20\x01\x0d\xb8") or b"\x3f\xff" <= packed < b"\x3f\xff\x10":
-        pass  # documentation: 2001:db8::/32, RFC 3849, and 3fff::/20, RFC 9637
-    elif b"\x20" <= packed < b"\x40":  # 2000::/3, RFC 4291, section 2.4
-        field = "ipv6_gua"
-    return field, inet_ntop(AF_INET6, packed), packed
+    field = next((field for first, end, field in RANGES if first <= packed < end), "")
+    return field, inet_ntop(AF_INET6, packed)
 
 
 def locked(base):
-    """Take the registry's lock, to be held in a with statement. ValueError if it is not free for 10 s."""
+    """Take the registry's lock, to be held in a with statement. OSError, with its name, if it is not free for 10 s."""
     try:
-        from filelock import FileLock, Timeout
+        from filelock import FileLock
     except ImportError:
         how = "apt-get install python3-filelock, or pip install filelock"
         raise ValueError(f"{sys.executable} has no filelock: {how}") from None
     os.stat(os.path.dirname(base) or ".")  # newer releases of filelock would make the directory
-    try:
-        return FileLock(base + ".lock", timeout=10).acquire()
-    except Timeout:
-        raise ValueError(f"{base}.lock: held by another process for 10 s: try again") from None
+    return FileLock(base + ".lock", timeout=10).acquire()
 
 
 def read_registry(path):
@@ -200,23 +190,39 @@ def read_registry(path):
     try:
         with open(path, "rb") as file:
             registry = json.loads(file.read())
-        if not isinstance(registry, dict) or not all(isinstance(i, dict) for i in registry.values()):
-            raise ValueError("no JSON object of objects")
-        return registry
+        if isinstance(registry, dict) and all(isinstance(instance, dict) for instance in registry.values()):
+            return registry
+        raise ValueError("no JSON object of objects")
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: mend it or move it away: {error}") from None
 
 
+def sync_folder(path):
+    """Have the names in a file's folder on disk."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(folder)
+
+
+def make_marker(base):
+    """Make the marker that the outputs are older than the registry, on disk on return."""
+    open(base + ".updated", "a").close()
+    sync_folder(base)
+
+
 def replace_file(path, text):
     """Replace a file as a whole, on disk on return; keep mode, owner and a link. OSError leaves old or new, whole."""
     path = os.path.realpath(path)
     temporary = path + ".tmp"
-    if os.path.lexists(temporary):  # of a run that was killed
-        os.unlink(temporary)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
+        if os.path.lexists(temporary):  # of a run that was killed
+            os.unlink(temporary)
         with open(temporary, "x", encoding="ascii") as file:  # x follows no link
             if os.path.exists(path):
                 old = os.stat(path)
@@ -226,13 +232,11 @@ def replace_file(path, text):
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        os.fsync(directory)
+        sync_folder(path)
     except OSError as error:
         if os.path.lexists(temporary):
             os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from None
-    finally:
-        os.close(directory)
 
 
 def run(main):
@@ -240,7 +244,12 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         return main(sys.argv[1:])
-    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyboardInterrupt,
+    ) as error:  # filelock's for file systems is a RuntimeError
         say(f"error: {str(error) or 'interrupted'}")
         return 1
 
@@ -279,14 +288,15 @@ def read_instances(registry):
         addresses = {}
         for field in FIELDS:
             if field in instance:
-                addresses[field] = text = instance[field]
+                text = instance[field]
                 try:
-                    kind, address, _ = parse_address(text)
+                    valid = parse_address(text) == (field, text)
                 except ValueError:
-                    kind = address = ""
-                if kind != field or address != text:
+                    valid = False
+                if valid:
+                    addresses[field] = text
+                else:
                     warnings.append(f"{mac}: {field} {text} left out, no {field} in RFC 5952 form")
-                    del addresses[field]
         instances.append((mac, name, addresses))
     return instances, warnings
 
@@ -295,14 +305,10 @@ def hosts_text(instances, domains):
     """Return the hosts file: for each domain, a line for each address of a named instance."""
     lines = []
     for domain in domains:
-        # What stands between the names of a line: "ADDRESS" " " NAME "DOMAIN " NAME ".v4DOMAIN\n"
-        rests = {
-            field: [" ", *(f"{s}{domain} " for s in subs[:-1]), f"{subs[-1]}{domain}\n"]
-            for field, subs in FIELDS.items()
-        }
-        lines += [
-            a + name.join(rests[field]) for _, name, addresses in instances if name for field, a in addresses.items()
-        ]
+        names = {field: " ".join(f"*{sub}{domain}" for sub in subs) for field, subs in FIELDS.items()}
+        for _, name, addresses in instances:
+            if name:  # one replacement a line is four times faster than to format each name
+                lines += [f"{address} {names[field].replace('*', name)}\n" for field, address in addresses.items()]
     return "".join(lines)
 
 
@@ -347,13 +353,13 @@ def main(arguments):
         os.write(2, f"{USAGE}\n".encode())
         return 2
     base = base_path()
-    marker = base + ".updated"
-    if not arguments and not os.path.lexists(marker):
+    if not arguments and not os.path.lexists(base + ".updated"):
         return 10
     names = listed("INSTANCES_ADDRESS_SETS", "host", is_name)
     domains = listed("INSTANCES_HOSTS_DOMAIN", ".instance.internal", is_domain)
     gc.disable()  # there is no garbage to look for
     with locked(base):
+        make_marker(base)  # there until all three files are made, also where a run by force is killed half-way
         registry = read_registry(base + ".json")
         instances, warnings = read_instances(registry)
         hosts, chains = hosts_text(instances, domains), chains_text(instances)
@@ -361,8 +367,7 @@ def main(arguments):
         replace_file(base + ".hosts", hosts)
         replace_file(base + ".nftables_chains", chains)
         replace_file(base + ".nftables_sets", sets)
-        if os.path.lexists(marker):
-            os.unlink(marker)  # last: a run that does not come so far is done again
+        os.unlink(base + ".updated")
     for warning in warnings:
         say(f"warning: {warning}")
     lines, count = hosts.count("\n"), sets.count("# Use")

@@ -2,8 +2,8 @@
 """Keep the registry of instances: run by dnsmasq for every lease, and by administrators.
 
 The registry is a JSON file with an object an instance, keyed by MAC address. It is replaced as a whole, under a lock,
-by a run that changes it. Most of dnsmasq's runs change nothing, and must cost little more than Python's start: so
-most imports wait until they are needed, and there are no annotations, whose compilation takes 0.7 ms.
+by a run that changes it. Most of dnsmasq's runs change nothing, take no lock, and must cost little more than Python's
+start: so most imports wait until they are needed, and there are no annotations, whose compilation takes 0.7 ms.
 """
 
 import gc
@@ -20,15 +20,15 @@ usage: instances-update.py add|old MAC IP [HOSTNAME]      what dnsmasq tells of 
 
 The MAC address of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
 The registry is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID].json, /var/lib/misc/instances.json by default.
-Exit status: 0 done or nothing to do, 1 error and nothing changed, 2 wrong usage."""
+Exit status: 0 done or nothing to do, 1 error, 2 wrong usage."""
 
 LEASED = ("ipv4", "ipv6_gua", "ipv6_ula")  # the fields of a registry's addresses that a lease can set
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
 def say(message, descriptor=2):
-    """Write one line, on standard error unless told otherwise, with all but printable ASCII escaped."""
-    line = "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in f"{os.path.basename(__file__)}: {message}")
+    """Write one line of printable ASCII, on standard error unless told otherwise."""
+    line = ascii(f"{os.path.basename(__file__)}: {message}")[1:-1]
     try:
         os.write(descriptor, f"{line}\n".encode())
     except OSError:  # what is done is done, whether or not anybody reads of it
@@ -44,10 +44,19 @@ def base_path():
     return f"{path}-{suffix}" if suffix else path
 
 
+RANGES = (  # first, end, field; written out, since those of the module ipaddress change with Python
+    (b"\xfe\x80", b"\xfe\xc0", "ipv6_lla"),  # fe80::/10, RFC 4291, section 2.5.6
+    (b"\xfc", b"\xfe", "ipv6_ula"),  # fc00::/7, RFC 4193, section 3.1
+    (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
+    (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
+    (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
+)
+
+
 def is_mac(text):
     """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
     digits = text.replace(":", "")
-    return len(digits) == 12 and text[2::3] == ":::::" and len(text) == 17 and not digits.strip("0123456789abcdef")
+    return len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
 
 
 def is_name(text):
@@ -57,37 +66,27 @@ def is_name(text):
 
 
 def parse_address(text):
-    """Return an address's field ("" if its kind has none), RFC 5952 form and bytes, or raise ValueError."""
+    """Return an address's field ("" if its kind has none) and RFC 5952 form. ValueError if it is no address."""
     try:
         if ":" not in text:
-            return "ipv4", text, inet_pton(AF_INET, text)
+            inet_pton(AF_INET, text)
+            return "ipv4", text
         packed = inet_pton(AF_INET6, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    field = ""  # the ranges are written out, for those of the module ipaddress change with Python
-    if b"\xfe\x80" <= packed < b"\xfe\xc0":  # fe80::/10, RFC 4291, section 2.5.6
-        field = "ipv6_lla"
-    elif b"\xfc" <= packed < b"\xfe":  # fc00::/7, RFC 4193, section 3.1
-        field = "ipv6_ula"
-    elif packed.startswith(b"\x20\x01\x0d\xb8") or b"\x3f\xff" <= packed < b"\x3f\xff\x10":
-        pass  # documentation: 2001:db8::/32, RFC 3849, and 3fff::/20, RFC 9637
-    elif b"\x20" <= packed < b"\x40":  # 2000::/3, RFC 4291, section 2.4
-        field = "ipv6_gua"
-    return field, inet_ntop(AF_INET6, packed), packed
+    field = next((field for first, end, field in RANGES if first <= packed < end), "")
+    return field, inet_ntop(AF_INET6, packed)
 
 
 def locked(base):
-    """Take the registry's lock, to be held in a with statement. ValueError if it is not free for 10 s."""
+    """Take the registry's lock, to be held in a with statement. OSError, with its name, if it is not free for 10 s."""
     try:
-        from filelock import FileLock, Timeout
+        from filelock import FileLock
     except ImportError:
         how = "apt-get install python3-filelock, or pip install filelock"
         raise ValueError(f"{sys.executable} has no filelock: {how}") from None
     os.stat(os.path.dirname(base) or ".")  # newer releases of filelock would make the directory
-    try:
-        return FileLock(base + ".lock", timeout=10).acquire()
-    except Timeout:
-        raise ValueError(f"{base}.lock: held by another process for 10 s: try again") from None
+    return FileLock(base + ".lock", timeout=10).acquire()
 
 
 def read_registry(path):
@@ -97,23 +96,39 @@ def read_registry(path):
     try:
         with open(path, "rb") as file:
             registry = json.loads(file.read())
-        if not isinstance(registry, dict) or not all(isinstance(i, dict) for i in registry.values()):
-            raise ValueError("no JSON object of objects")
-        return registry
+        if isinstance(registry, dict) and all(isinstance(instance, dict) for instance in registry.values()):
+            return registry
+        raise ValueError("no JSON object of objects")
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: mend it or move it away: {error}") from None
 
 
+def sync_folder(path):
+    """Have the names in a file's folder on disk."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(folder)
+
+
+def make_marker(base):
+    """Make the marker that the outputs are older than the registry, on disk on return."""
+    open(base + ".updated", "a").close()
+    sync_folder(base)
+
+
 def replace_file(path, text):
     """Replace a file as a whole, on disk on return; keep mode, owner and a link. OSError leaves old or new, whole."""
     path = os.path.realpath(path)
     temporary = path + ".tmp"
-    if os.path.lexists(temporary):  # of a run that was killed
-        os.unlink(temporary)
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
+        if os.path.lexists(temporary):  # of a run that was killed
+            os.unlink(temporary)
         with open(temporary, "x", encoding="ascii") as file:  # x follows no link
             if os.path.exists(path):
                 old = os.stat(path)
@@ -123,13 +138,11 @@ def replace_file(path, text):
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)
-        os.fsync(directory)
+        sync_folder(path)
     except OSError as error:
         if os.path.lexists(temporary):
             os.unlink(temporary)
         raise OSError(error.errno, error.strerror, path) from None
-    finally:
-        os.close(directory)
 
 
 def run(main):
@@ -137,7 +150,12 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         return main(sys.argv[1:])
-    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyboardInterrupt,
+    ) as error:  # filelock's for file systems is a RuntimeError
         say(f"error: {str(error) or 'interrupted'}")
         return 1
 
@@ -178,11 +196,11 @@ def register(registry, mac, ip, hostname, kind):
     The kind is "add", "old" or "reminder". Only an "add" says that a former lease of the address is over: an "old"
     comes also for a client that repeats another's identifier, and a reminder may be of an older lease than the last.
     """
-    field, address, _ = parse_address(ip)
+    field, address = parse_address(ip)
     changes, warnings = [], []
     if mac not in registry:
         if hostname and (not is_name(hostname) or holders(registry, "name", hostname)):
-            warnings.append(f"{mac} stays without a name: {hostname} is taken, or none")
+            warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
             hostname = ""
         registry[mac] = {"name": hostname, "ipv6_lla": link_local(mac)}
         changes.append("new")
@@ -207,45 +225,47 @@ def initialize(registry, mac, fields):
     return f"{mac} {fields['name']}: initialized" if any(taken) or registry[mac] != old else "", []
 
 
-def edit(registry, mac, name):
-    """Name an instance, or remove it where the name is None; return as register does."""
+def rename(registry, mac, name):
+    """Name an instance; return as register does."""
     if mac not in registry:
         return "", [f"{mac}: no such instance"]
-    if name is None:
-        return f"{mac} {registry.pop(mac).get('name', '')}: removed", []
     return f"{mac} {name}: renamed" if assign(registry, mac, "name", name) else "", []
 
 
-def registry_text(registry):
-    """Return the registry as JSON with a line a field, the form that is_registered reads."""
-    from json import dumps
+def remove(registry, mac):
+    """Remove an instance; return as register does."""
+    if mac not in registry:
+        return "", [f"{mac}: no such instance"]
+    return f"{mac} {registry.pop(mac).get('name', '')}: removed", []
 
-    text = dumps(registry, separators=(",\n", ": "))
-    return f"{{\n{text[1:]}\n"
+
+def registry_text(registry):
+    """Return the registry as json.dumps(registry, indent=2) has it, and a line break."""
+    import json
+
+    nested = any(isinstance(value, (dict, list)) for instance in registry.values() for value in instance.values())
+    if nested or not (registry and all(registry.values())):
+        return json.dumps(registry, indent=2) + "\n"
+    # The same in half the time: JSON escapes line breaks in strings, so what is replaced stands between them.
+    text = json.dumps(registry, separators=(",\n    ", ":\n"))
+    text = text.replace("},\n    ", "\n  },\n  ").replace(":\n{", ": {\n    ").replace(":\n", ": ")
+    return f"{{\n  {text[1:-2]}\n  }}\n}}\n"
 
 
 def is_registered(text, mac, field, address):
-    """Tell whether a registry's JSON (bytes) has a lease, without parsing it: True is proof, False is none."""
-    key = f'"{mac}"'.encode()
-    start = text.find(key)
-    end = text.find(b"}", start) + 1
-    instance = text[start:end]
+    """Tell whether a registry's JSON (bytes) has a lease, and nobody else its address, without parsing it.
+
+    It is found only as json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is
+    indented evenly only an instance begins with two spaces and has its fields behind four.
+    """
+    start = text.rfind(f'\n  "{mac}": {{\n'.encode())
+    instance = text[start : text.find(b"\n  }", start) + 1]
+    line = f'\n    "{field}": "{address}"'.encode()
     return (
-        # The instance has the address, and the field once.
-        f'"{field}": "{address}"'.encode() in instance
+        (line + b",\n" in instance or line + b"\n" in instance)
         and instance.count(f'"{field}"'.encode()) == 1
-        # Without a backslash each quote begins or ends a string, and a string of JSON has no line break: so the
-        # instance begins and ends where it seems to, with no other object inside, in a text that was not cut off.
-        and b"\\" not in text
-        and text.startswith(b"\n" + key + b": {", start - 1)
-        and instance.count(b"{") == 1
-        and text.startswith((b",\n", b"}\n"), end)
-        and text.endswith(b"}}\n")
-        # It is in the outermost object: above, no brace opens but that one's and those that close at a line's end.
-        and text.count(b"{", 0, start) == text.count(b"},\n", 0, start) + 1
-        # Neither it nor the address stands elsewhere.
-        and text.find(key, end) == -1
         and text.count(f'"{address}"'.encode()) == 1
+        and text.endswith((b"\n  }\n}\n", b"\n  }\n}"))
     )
 
 
@@ -262,26 +282,28 @@ def interface_fields(interface):
         raise ValueError(f"{interface}: has no Ethernet address")
     fields = {}
     for entry in link["addr_info"]:
-        if not (entry.get("secondary") or entry.get("temporary") or entry.get("deprecated")):
-            field, address, _ = parse_address(entry["local"])
-            fields.setdefault(field, address)
+        if not (entry.get("temporary") or entry.get("deprecated")):
+            field, address = parse_address(entry["local"])
+            fields.setdefault(field, address)  # the first: a primary one
     fields.pop("", None)
     fields.setdefault("ipv6_lla", link_local(link["address"]))  # a bridge without a port has none yet
     return link["address"], fields
 
 
 def update(change, mac, *arguments):
-    """Change the registry by change(registry, mac, *arguments), under the lock; return the exit status."""
+    """Change the registry by change(registry, mac, *arguments); return the exit status."""
     if not is_mac(mac):
         raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
     base = base_path()
     gc.disable()  # there is no garbage to look for
-    with locked(base):
-        registry = read_registry(base + ".json")
-        message, warnings = change(registry, mac, *arguments)
-        if message:
-            open(base + ".updated", "w").close()  # before the change, so that none is ever without it
-            replace_file(base + ".json", registry_text(registry))
+    message, warnings = change(read_registry(base + ".json"), mac, *arguments)
+    if message:  # there is something to change: once more, under the lock
+        with locked(base):
+            registry = read_registry(base + ".json")
+            message, warnings = change(registry, mac, *arguments)
+            if message:
+                make_marker(base)  # before the change, so that none is ever without it
+                replace_file(base + ".json", registry_text(registry))
     for warning in warnings:
         say(f"warning: {warning}")
     if message:
@@ -296,11 +318,11 @@ def lease(action, mac, ip, hostname="", *_):
         if not mac:
             return 0
     mac = mac.lower()
-    field, address, _ = parse_address(ip)
+    field, address = parse_address(ip)
     path = base_path() + ".json"
-    if is_mac(mac) and field in LEASED and os.path.exists(path):
+    if os.path.exists(path):
         with open(path, "rb") as file:  # always whole, so without the lock
-            if is_registered(file.read(), mac, field, address):
+            if field in LEASED and is_registered(file.read(), mac, field, address):
                 return 0
     # Data are missing where no message of the client's is behind it: at a renewal, a SIGHUP, a restart
     kind = "reminder" if action == "old" and os.environ.get("DNSMASQ_DATA_MISSING") else action
@@ -318,9 +340,9 @@ def main(arguments):
             mac, fields = interface_fields(interface)
             return update(initialize, mac, {"name": name, **fields})
         case ["--rename", mac, name]:
-            return update(edit, mac.lower(), name)
+            return update(rename, mac.lower(), name)
         case ["--remove", mac]:
-            return update(edit, mac.lower(), None)
+            return update(remove, mac.lower())
         case ["--help" | "-h" | "help", *_]:
             os.write(1, f"{USAGE}\n".encode())
             return 0

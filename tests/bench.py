@@ -4,6 +4,7 @@
 As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about two minutes.
 """
 
+import ipaddress
 import os
 import platform
 import re
@@ -202,7 +203,7 @@ def rule_an_address(count: int) -> str:
     ndp = []
     for n in range(count):
         for address in (UPDATE_MODULE.link_local(mac(n)), f"2001:67c:83::{n + 1:x}", f"fd83:5eed::{n + 1:x}"):
-            packed = UPDATE_MODULE.parse_address(address)[2].hex()
+            packed = ipaddress.ip_address(address).packed.hex()
             ndp.append(f'ether saddr {mac(n)} @nh,384,128 0x{packed} counter return comment "web-{n}"')
     chains = (
         f"chain {name} {{\n{chr(10).join(rules)}\ncounter drop\n}}\n"

@@ -27,7 +27,7 @@ DROP = {"goto": {"target": "instances_drop"}}
 OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
 
-CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "dhcp", "rogue", "new", "lladdr", "headless")]
+CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "dhcp", "rogue", "new", "lladdr")]
 
 
 def chains_table(chains: Path) -> str:

@@ -192,7 +192,7 @@ def test_documentation_address_makes_instance_without_address(base):
     ],
 )
 def test_field_of_an_address(update, address, field):
-    assert update.parse_address(address) == (field, address, ipaddress.ip_address(address).packed)
+    assert update.parse_address(address) == (field, address)
 
 
 @given(st.ip_addresses())
@@ -355,7 +355,7 @@ def test_registry_cut_at_any_place_is_never_taken_for_whole(base, update):
     run(base, "add", OTHER, "10.83.0.12", "db")
     text = base.with_suffix(".json").read_bytes()
     assert update.is_registered(text, MAC, "ipv4", "10.83.0.11")
-    for end in range(len(text)):
+    for end in range(len(text) - 1):  # the last is a line break
         assert not update.is_registered(text[:end], MAC, "ipv4", "10.83.0.11")
 
 
