@@ -1,43 +1,104 @@
 """The example zone."""
 
 import json
+import os
+import re
+import resource
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, environment, run, wait_for
+from lab import EXAMPLES, PROCESS, environment, run, run_script, wait_for
 
 pytestmark = pytest.mark.slow
 
-
-ZONE_REGISTRY = {
+ZONE = EXAMPLES / "zone" / "instances-zone.py"
+README = (EXAMPLES / "zone" / "README.md").read_text()
+SERVER = ("instance.example", "ns.instance.example=192.0.2.53")
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+REGISTRY = {
     "10:66:6a:4c:a1:11": {
         "name": "web",
         "ipv4": "10.83.0.11",
         "ipv6_gua": "2001:67c:83::11",
         "ipv6_ula": "fd83:5eed::11",
+        "ipv6_lla": "fe80::1266:6aff:fe4c:a111",
     },
-    "10:66:6a:4c:a1:12": {"name": "mail", "ipv4": "203.0.113.9", "ipv6_gua": "2001:67c:83:1:2:3:4:5"},
+    "10:66:6a:4c:a1:12": {"name": "mail", "ipv4": "198.20.0.9", "ipv6_gua": "2001:67c:83:1:2:3:4:5"},
     "10:66:6a:4c:a1:13": {"name": "", "ipv4": "10.83.0.13"},
-    "10:66:6a:4c:a1:14": {"name": "hand\n", "ipv4": "10.83.0.14"},
-    "10:66:6a:4c:a1:15": {"name": "edited", "ipv4": "10.83.0.15\n+evil.instance.example:1.2.3.4"},
+    "10:66:6a:4c:a1:14": {"name": "ns", "ipv4": "198.20.0.14", "ipv6_ula": "fd83:5eed::14"},
+    "10:66:6a:4c:a1:15": {"name": "lan", "ipv4": "10.83.0.15"},
+}
+BAD_VALUES = {  # each alone made a zone that no server loads, or that says what the registry does not
+    "10:66:6a:4c:a1:21": {"name": "hand\n", "ipv4": "10.83.0.21"},
+    "10:66:6a:4c:a1:22": {"name": "edited", "ipv4": "10.83.0.22\n+evil.instance.example:1.2.3.4"},
+    "10:66:6a:4c:a1:23": {"name": "large", "ipv4": "10.83.0.256", "ipv6_gua": "2001:67c:83::12345"},
+    "10:66:6a:4c:a1:24": {"name": "short", "ipv4": "10.83", "ipv6_ula": "fd83:5eed:1"},
+    "10:66:6a:4c:a1:25": {"name": "swapped", "ipv4": "2001:67c:83::25", "ipv6_gua": "10.83.0.25"},
+    "10:66:6a:4c:a1:26": {"name": "kinds", "ipv6_gua": "fd83:5eed::26", "ipv6_ula": "2001:67c:83::26"},
+    "10:66:6a:4c:a1:27": {"name": "forms", "ipv4": "010.083.0.27", "ipv6_gua": "2001:067c:83::27"},
+    "10:66:6a:4c:a1:28": {"name": "types", "ipv4": 7, "ipv6_gua": ["2001:67c:83::28"], "ipv6_ula": None},
+    "10:66:6A:4C:A1:29": {"name": "upper", "ipv4": "10.83.0.29"},
+    "10:66:6a:4c:a1:2a": {"name": ["list"], "ipv4": "10.83.0.42"},
+    "10:66:6a:4c:a1:2b": {"name": "a" * 64, "ipv4": "10.83.0.43"},
+}
+SERVED = {
+    "ns.instance.example. A 192.0.2.53",
+    "web.lan.instance.example. A 10.83.0.11",
+    "web.lan.instance.example. AAAA fd83:5eed::11",
+    "web.wan.instance.example. AAAA 2001:67c:83::11",
+    "mail.wan.instance.example. A 198.20.0.9",
+    "mail.wan.instance.example. AAAA 2001:67c:83:1:2:3:4:5",
+    "ns.wan.instance.example. A 198.20.0.14",
+    "ns.lan.instance.example. AAAA fd83:5eed::14",
+    "lan.lan.instance.example. A 10.83.0.15",
 }
 
 
-def zone(program: str, folder: Path, **arguments: str) -> str:
-    """Return what one of the zone example's programs makes of a registry."""
-    (folder / "registry.json").write_text(json.dumps(ZONE_REGISTRY))
-    options = [word for name, value in arguments.items() for word in ("--arg", name, value)]
-    options += ["--argjson", "serial", "7"]
-    folder_of = EXAMPLES / "zone"
-    return run("jq", "-r", "-L", folder_of, *options, "-f", folder_of / program, folder / "registry.json").stdout
+def make_hosts(folder: Path, registry: dict = REGISTRY) -> Path:
+    """Have the processor make its files of a registry; return the hosts file."""
+    (folder / "instances.json").write_text(json.dumps(registry))
+    made = run_script(PROCESS, "--force", base=folder / "instances", INSTANCES_HOSTS_DOMAIN=".a.internal,.b.internal")
+    assert made.returncode == 0, made.stderr
+    return folder / "instances.hosts"
+
+
+def zone(kind: str, folder: Path, *arguments: str, file: str = "made") -> subprocess.CompletedProcess:
+    """Run the program on the hosts file of a folder; what it makes is in a file there."""
+    return run_script(ZONE, kind, folder / "instances.hosts", folder / file, *arguments, base=folder / "instances")
+
+
+def made(kind: str, folder: Path, *arguments: str) -> str:
+    """Return what the program makes."""
+    result = zone(kind, folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    return (folder / "made").read_text()
+
+
+def serial(folder: Path) -> int:
+    """Return the serial of the zone or the data there."""
+    return int(re.search(r"(\d+)[ :]3600[ :]600[ :]", (folder / "made").read_text())[1])
+
+
+def readme_commands(word: str, folder: Path) -> None:
+    """Run the README's block that has a word, in the order as it stands there, with its paths below a folder."""
+    block = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if f".py {word} " in block)
+    for place in sorted(set(re.findall(r"/(?:var|etc|usr)/[^ \n]*/", block))):
+        (folder / place[1:]).mkdir(parents=True, exist_ok=True)
+    block = re.sub(r"(?=/(?:var|etc|usr)/)", str(folder), block)
+    env = environment(folder / "instances")
+    env["PATH"] = f"{folder}/usr/local/sbin:{ZONE.parent}:{env['PATH']}"
+    run("sh", "-euc", block, cwd=ZONE.parent, env=env)
 
 
 @pytest.fixture
 def two_sides(host):
-    """Return the host and two clients: one inside, one with an address from outside; and a way to ask the host."""
-    inside, outside = host.client("inside", "10:66:6a:4c:a1:21"), host.client("outside", "10:66:6a:4c:a1:22")
+    """Return the host and a way to ask it from inside, and from outside."""
+    inside, outside = host.client("inside", "10:66:6a:4c:a1:e1"), host.client("outside", "10:66:6a:4c:a1:e2")
     host.run("ip", "address", "add", "192.0.2.53/24", "dev", "br0")
     inside.run("ip", "address", "add", "10.83.0.21/24", "dev", "eth0")
     outside.run("ip", "address", "add", "192.0.2.22/24", "dev", "eth0")
@@ -46,65 +107,155 @@ def two_sides(host):
         answers = []
         for client, server in ((inside, "10.83.0.1"), (outside, "192.0.2.53")):
             command = ["dig", "+short", "+norecurse", "+timeout=1", "+tries=1", f"@{server}", name, kind]
-            answers.append(client.run(*command, check=False).stdout.split())
+            answers.append(sorted(client.run(*command, check=False).stdout.split()))
         return answers
 
     return host, ask
 
 
-def test_zone_example_passes_the_checker_and_is_served(two_sides):
-    need("nsd", "nsd-checkzone", "jq")
-    host, ask = two_sides
-    file = host.folder / "zone"
-    file.write_text(zone("zone.jq", host.folder, domain="instance.example", server="ns.instance.example"))
-    assert "ok" in run("nsd-checkzone", "instance.example", file).stdout and "evil" not in file.read_text()
+def start_bind(host, address: str, file: Path, second: str = "") -> subprocess.Popen:
+    """Start BIND as the primary server of a zone file, which tells the second servers of a change."""
+    folder = host.folder / "bind"
+    folder.mkdir()
+    options = (
+        f'directory "{folder}"; pid-file none; listen-on {{ {address}; }}; listen-on-v6 {{ none; }}; recursion no; '
+    )
+    options += f"notify-source {address}; "
+    zone = f'type primary; file "{file}"; notify explicit; also-notify {{ {second} }}; allow-transfer {{ any; }};'
+    text = f'options {{ {options} }};\ncontrols {{ }};\nzone "instance.example" {{ {zone} }};\n'
+    (folder / "named.conf").write_text(text)
+    return host.start("named", "-f", "-c", folder / "named.conf", **QUIET)
+
+
+def start_nsd(host, address: str, zone: str) -> subprocess.Popen:
+    """Start nsd with a line for each of the zone's options."""
     config = host.folder / "nsd.conf"
     places = ("database", "pidfile", "xfrdfile", "zonelistfile")
-    lines = ["server:", "ip-address: 10.83.0.1", "ip-address: 192.0.2.53", 'username: ""', 'zonesdir: "/"']
+    lines = [
+        "server:",
+        f"ip-address: {address}",
+        'username: ""',
+        f'zonesdir: "{host.folder}"',
+        f'xfrdir: "{host.folder}"',
+    ]
     lines += [f'{name}: "{host.folder}/nsd.{name}"' for name in places]
-    lines += ["remote-control:", "control-enable: no", "zone:", "name: instance.example", f'zonefile: "{file}"']
-    config.write_text("\n".join(lines) + "\n")
-    host.start("nsd", "-d", "-c", config, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: ask("web.lan.instance.example", "A") == 2 * [["10.83.0.11"]], "nsd")
-    assert ask("web.wan.instance.example", "AAAA") == 2 * [["2001:67c:83::11"]]
-    assert ask("web.lan.instance.example", "AAAA") == 2 * [["fd83:5eed::11"]]
-    assert ask("mail.wan.instance.example", "A") == 2 * [["203.0.113.9"]]
-    assert ask("web.wan.instance.example", "A") == 2 * [[]] and ask("hand.lan.instance.example", "A") == 2 * [[]]
-    assert "7" in ask("instance.example", "SOA")[0]
+    config.write_text("\n".join([*lines, "remote-control:", "control-enable: no", "zone:", zone, ""]))
+    return host.start("nsd", "-d", "-c", config, **QUIET)
 
 
-def test_tinydns_example_answers_by_where_the_client_is(two_sides):
-    need("tinydns", "tinydns-data", "jq")
-    host, ask = two_sides
-    root = host.folder / "tinydns"
-    root.mkdir()
-    text = zone(
-        "tinydns.jq", host.folder, domain="instance.example", server="ns.instance.example", address="192.0.2.53"
+def start_knot(host, address: str, zone: str, rest: str = "") -> subprocess.Popen:
+    """Start Knot with the lines of its only zone."""
+    folder = host.folder / "knot"
+    folder.mkdir()
+    places = f"server:\n    listen: {address}@53\n    rundir: {folder}\n"
+    places += f"database:\n    storage: {folder}\n{rest}"
+    (folder / "knot.conf").write_text(f"{places}zone:\n  - domain: instance.example\n    storage: {folder}\n{zone}")
+    return host.start("knotd", "-c", folder / "knot.conf", **QUIET)
+
+
+def transfer(host, address: str) -> set[str]:
+    """Return all address records of a server's zone, "NAME TYPE ADDRESS"."""
+    command = ["dig", "+noall", "+answer", "+timeout=1", "+tries=1", f"@{address}", "instance.example", "AXFR"]
+    rows = [line.split() for line in host.run(*command, check=False).stdout.splitlines()]
+    return {f"{row[0]} {row[3]} {row[4]}" for row in rows if len(row) == 5 and row[3] in ("A", "AAAA")}
+
+
+def test_readme_zone_is_loaded_by_bind_knot_and_nsd_whatever_the_registry_has(host):
+    need("named", "named-checkzone", "nsd", "nsd-checkzone", "knotd")
+    (host.folder / "var/lib/misc").mkdir(parents=True)
+    make_hosts(host.folder / "var/lib/misc", REGISTRY | BAD_VALUES)
+    readme_commands("zone", host.folder)
+    file = host.folder / "var/lib/bind/instance.example.zone"
+    text = file.read_text()
+    for checker in ("named-checkzone", "nsd-checkzone"):
+        run(checker, "instance.example", file)
+    host.run("ip", "address", "add", "10.83.0.2/24", "dev", "br0")
+    host.run("ip", "address", "add", "10.83.0.3/24", "dev", "br0")
+    start_bind(host, "10.83.0.1", file)
+    start_nsd(host, "10.83.0.2", f'name: instance.example\nzonefile: "{file}"\nprovide-xfr: 10.83.0.0/24 NOKEY')
+    start_knot(host, "10.83.0.3", f"    file: {file}\n    acl: all\n", "acl:\n  - id: all\n    action: transfer\n")
+    for address in ("10.83.0.1", "10.83.0.2", "10.83.0.3"):
+        wait_for(lambda a=address: transfer(host, a), f"the zone of {address}")
+        assert transfer(host, address) == SERVED
+        question = ["dig", "+norecurse", "+noall", "+answer", "+additional", f"@{address}", "instance.example", "NS"]
+        answer = host.run(*question).stdout.split()
+        assert "ns.instance.example." in answer and "192.0.2.53" in answer
+    assert file.read_text() == text
+
+
+def test_second_server_follows_a_change_by_notify_and_axfr(host):
+    need("named", "nsd", "knotd")
+    host.run("ip", "address", "add", "10.83.0.2/24", "dev", "br0")
+    host.run("ip", "address", "add", "10.83.0.3/24", "dev", "br0")
+    make_hosts(host.folder)
+    made("zone", host.folder, *SERVER)
+    primary = start_bind(host, "10.83.0.1", host.folder / "made", "10.83.0.2; 10.83.0.3;")
+    start_nsd(
+        host,
+        "10.83.0.2",
+        'name: instance.example\nzonefile: "second"\nallow-notify: 10.83.0.1 NOKEY\nrequest-xfr: AXFR 10.83.0.1 NOKEY\n'
+        "provide-xfr: 10.83.0.0/24 NOKEY",
     )
-    assert "evil" not in text
-    (root / "data").write_text(text)
+    parts = "remote:\n  - id: first\n    address: 10.83.0.1\nacl:\n  - id: first\n    address: 10.83.0.1\n"
+    parts += "    action: notify\n  - id: all\n    action: transfer\n"
+    start_knot(host, "10.83.0.3", "    file: second\n    master: first\n    acl: [first, all]\n", parts)
+    seconds = ("10.83.0.2", "10.83.0.3")
+    for address in seconds:
+        wait_for(lambda a=address: transfer(host, a) == SERVED, f"the first transfer to {address}")
+    for name in ("renamed", "again"):  # two changes, of which a serial of whole seconds could hide the second
+        registry = json.loads(json.dumps(REGISTRY))
+        registry["10:66:6a:4c:a1:12"]["name"] = name
+        make_hosts(host.folder, registry)
+        made("zone", host.folder, *SERVER)
+        primary.send_signal(signal.SIGHUP)
+        for address in seconds:
+            record = f"{name}.wan.instance.example. A 198.20.0.9"
+            wait_for(lambda a=address, r=record: r in transfer(host, a), f"{name} on {address}")
+            assert not [row for row in transfer(host, address) if row.startswith("mail.")]
+
+
+def test_tinydns_answers_by_where_the_client_is_and_no_instance_is_the_name_server(two_sides):
+    need("tinydns", "tinydns-data")
+    host, ask = two_sides
+    make_hosts(host.folder, REGISTRY | BAD_VALUES)
+    (host.folder / "var/lib/misc").mkdir(parents=True)
+    (host.folder / "instances.hosts").rename(host.folder / "var/lib/misc/instances.hosts")
+    readme_commands("tinydns", host.folder)
+    root = host.folder / "etc/tinydns/root"
     run("tinydns-data", cwd=root)
     env = environment(host.base) | {"ROOT": str(root), "UID": "0", "GID": "0"}
     for address in ("10.83.0.1", "192.0.2.53"):
-        host.start("tinydns", env=env | {"IP": address}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        host.start("tinydns", env=env | {"IP": address}, **QUIET)
     wait_for(lambda: ask("web.lan.instance.example", "A") == 2 * [["10.83.0.11"]], "tinydns")
     assert ask("web.instance.example", "A") == [["10.83.0.11"], []]
     assert ask("web.instance.example", "AAAA") == [["fd83:5eed::11"], ["2001:67c:83::11"]]
-    assert ask("mail.instance.example", "A") == [[], ["203.0.113.9"]]
+    assert ask("mail.instance.example", "A") == [[], ["198.20.0.9"]]
     assert ask("mail.wan.instance.example", "AAAA") == 2 * [["2001:67c:83:1:2:3:4:5"]]
+    assert ask("ns.instance.example", "A") == 2 * [["192.0.2.53"]]
+    assert ask("ns.instance.example", "AAAA") == 2 * [[]]
+    assert ask("ns.wan.instance.example", "A") == 2 * [["198.20.0.14"]]
+    assert ask("instance.example", "NS") == 2 * [["ns.instance.example."]]
+    shown = run("sed", "-n", "s/^Z[^:]*:[^:]*:[^:]*:\\([0-9]*\\):.*/\\1/p", root / "data").stdout.strip()
+    assert shown in ask("instance.example", "SOA")[0]
+    for name in ("hand", "edited", "evil", "large", "short", "swapped", "kinds", "forms", "types", "upper"):
+        assert ask(f"{name}.instance.example", "ANY") == ask(f"{name}.lan.instance.example", "ANY") == 2 * [[]]
 
 
-def test_avahi_example_answers_on_the_bridge(host):
-    need("avahi-daemon", "unshare", "jq")
-    client, etc = host.client("asks", "10:66:6a:4c:a1:21"), host.folder / "avahi"
+def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
+    need("avahi-daemon", "unshare")
+    client, etc = host.client("asks", "10:66:6a:4c:a1:e1"), host.folder / "etc/avahi"
     client.run("ip", "address", "add", "10.83.0.21/24", "dev", "eth0")
-    etc.mkdir()
-    (etc / "hosts").write_text(zone("avahi.jq", host.folder))
+    etc.mkdir(parents=True)
+    (host.folder / "var/lib/misc").mkdir(parents=True)
+    (etc / "hosts").write_text("# avahi's own\n")
     (etc / "avahi-daemon.conf").write_text("[server]\nenable-dbus=no\nallow-interfaces=br0\n")
+    hosts = make_hosts(host.folder, REGISTRY | BAD_VALUES)
+    hosts.rename(host.folder / "var/lib/misc/instances.hosts")
+    readme_commands("avahi", host.folder)
+    assert (etc / "hosts.orig").read_text() == "# avahi's own\n"
     places = 'mount --bind "$1" /etc/avahi; mount -t tmpfs tmpfs /run; '
     avahi = places + "exec avahi-daemon --no-drop-root --no-chroot --no-rlimits"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    host.start("unshare", "-m", "sh", "-c", avahi, "sh", etc, **quiet)
+    daemon = host.start("unshare", "-m", "sh", "-c", avahi, "sh", etc, **QUIET)
 
     def ask(name, kind):
         command = ["dig", "+short", "+norecurse", "+timeout=1", "+tries=1", "-p", "5353", "@10.83.0.1", name, kind]
@@ -112,4 +263,202 @@ def test_avahi_example_answers_on_the_bridge(host):
 
     wait_for(lambda: ask("web.local", "A") == ["10.83.0.11"], "avahi")
     wait_for(lambda: ask("web.local", "AAAA") == ["2001:67c:83::11", "fd83:5eed::11"], "avahi's IPv6 addresses")
-    wait_for(lambda: ask("mail.local", "A") == ["203.0.113.9"], "avahi's other name")
+    wait_for(lambda: ask("mail.local", "A") == ["198.20.0.9"], "avahi's other name")
+    moved = REGISTRY | {"10:66:6a:4c:a1:12": {"name": "post", "ipv4": "198.20.0.9"}}
+    make_hosts(host.folder, moved).rename(host.folder / "var/lib/misc/instances.hosts")
+    (etc / "hosts.orig").rename(etc / "orig")
+    run_script(ZONE, "avahi", host.folder / "var/lib/misc/instances.hosts", etc / "hosts", "local", base=host.base)
+    daemon.send_signal(signal.SIGHUP)
+    wait_for(lambda: ask("post.local", "A") == ["198.20.0.9"] and not ask("mail.local", "A"), "avahi's new name")
+
+
+def test_only_global_addresses_are_published_as_wan_and_private_ones_as_lan(tmp_path):
+    special = """0.0.0.1 100.64.0.1 100.127.255.254 127.0.0.1 169.254.0.1 192.0.0.1 192.0.2.1 192.88.99.1 198.18.0.1
+        198.19.255.254 198.51.100.1 203.0.113.1 224.0.0.1 240.0.0.1 255.255.255.255
+        2001::1 2001:1ff::1 2001:10::1 2002:a53:1::1""".split()
+    private = "10.0.0.1 10.255.255.254 172.16.0.1 172.31.255.254 192.168.0.1 192.168.255.254 fd00::1 fc00::1".split()
+    usual = """1.0.0.1 9.255.255.254 11.0.0.1 100.63.255.254 100.128.0.1 126.0.0.1 128.0.0.1 169.253.0.1 169.255.0.1
+        172.15.0.1 172.32.0.1 192.0.1.1 192.0.3.1 192.167.0.1 192.169.0.1 198.17.0.1 198.20.0.1 198.51.99.1 203.0.112.1
+        223.255.255.254 2000::1 2001:200::1 2001:67c::1 2003::1 2a00::1 3ffe::1""".split()
+    registry = {}
+    for number, address in enumerate([*special, *private, *usual]):
+        field = "ipv4" if ":" not in address else "ipv6_ula" if address.startswith("f") else "ipv6_gua"
+        registry[f"10:66:6a:4c:a1:{number:02x}"] = {"name": f"n{number}", field: address}
+    hosts = make_hosts(tmp_path, registry).read_text()
+    assert all(f"{address} n" in hosts for address in (*special, *private, *usual))  # the processor has left none out
+    rows = [line.split() for line in made("zone", tmp_path, *SERVER).splitlines()]
+    found = {side: [row[2] for row in rows if f".{side}." in row[0]] for side in ("wan", "lan")}
+    assert found == {"wan": usual, "lan": private}
+
+
+@pytest.mark.parametrize("kind", ["zone", "tinydns"])
+def test_each_change_has_a_higher_serial_and_what_did_not_change_keeps_it(tmp_path, kind):
+    serials = []
+    start = time.time()
+    for number in range(8):  # more than one a second
+        make_hosts(tmp_path, {"10:66:6a:4c:a1:11": {"name": f"web{number}", "ipv4": "10.83.0.11"}})
+        made(kind, tmp_path, *SERVER)
+        serials.append(serial(tmp_path))
+        before = os.stat(tmp_path / "made")
+        assert zone(kind, tmp_path, *SERVER).stderr == "" and os.stat(tmp_path / "made") == before
+    assert len(set(serials)) == 8 and serials == sorted(serials) and serials[0] >= int(start)
+
+
+def test_restored_registry_or_zone_does_not_take_the_serial_back(tmp_path):
+    make_hosts(tmp_path)
+    backup = made("zone", tmp_path, *SERVER)
+    make_hosts(tmp_path, {})
+    made("zone", tmp_path, *SERVER)
+    last = serial(tmp_path)
+    os.utime(make_hosts(tmp_path), (1, 1))
+    os.utime(tmp_path / "instances.json", (1, 1))
+    made("zone", tmp_path, *SERVER)
+    assert serial(tmp_path) > last
+    (tmp_path / "made").write_text(re.sub(r"\d+ 3600", "7 3600", backup))
+    make_hosts(tmp_path, {})
+    made("zone", tmp_path, *SERVER)
+    assert serial(tmp_path) >= last
+
+
+@pytest.mark.parametrize(("last", "following"), [(2026112201, 2026112202), (2**32 - 1, None), (2**31 + 5, 2**31 + 6)])
+def test_serial_goes_on_from_the_one_in_the_file(tmp_path, last, following):
+    make_hosts(tmp_path)
+    (tmp_path / "made").write_text(re.sub(r"\d+ 3600", f"{last} 3600", made("zone", tmp_path, *SERVER)))
+    assert zone("zone", tmp_path, *SERVER).stderr == ""
+    make_hosts(tmp_path, {})
+    made("zone", tmp_path, *SERVER)
+    assert serial(tmp_path) == following if following else abs(serial(tmp_path) - time.time()) < 60
+    assert 0 < (serial(tmp_path) - last) % 2**32 < 2**31  # RFC 1982, section 3.2
+
+
+def test_an_instance_never_adds_to_a_name_server_below_its_own_names(tmp_path):
+    make_hosts(tmp_path)
+    result = zone("zone", tmp_path, "Instance.Example", "NS.wan.instance.example=192.0.2.53", "ns.example.net")
+    assert "ns.wan.instance.example is the name server" in result.stderr
+    text = (tmp_path / "made").read_text()
+    assert re.findall(r"^ns\.wan\S* \S* (.*)", text, re.MULTILINE | re.IGNORECASE) == ["192.0.2.53"]
+    assert "NS ns.example.net.\n" in text and "\nns.example.net" not in text
+
+
+def test_two_servers_with_addresses_of_both_kinds_are_loaded(tmp_path):
+    need("named-checkzone", "nsd-checkzone", "tinydns-data")
+    make_hosts(tmp_path)
+    first, second = "ns1.instance.example", "instance.example"
+    words = (f"{first}=192.0.2.53", f"{first}=2001:67c:83::53", f"{second}=192.0.2.54")
+    text = made("zone", tmp_path, "instance.example", *words)
+    for checker in ("named-checkzone", "nsd-checkzone"):
+        run(checker, "instance.example", tmp_path / "made")
+    assert f"{first}. AAAA 2001:67c:83::53\n" in text and f"{second}. A 192.0.2.54\n" in text
+    assert zone("tinydns", tmp_path, "instance.example", *words, file="data").returncode == 0
+    run("tinydns-data", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("instance.example", "ns.instance.example"),
+        ("instance.example", "instance.example"),
+        ("instance.example", "ns.example.net=192.0.2.53"),
+        ("instance.example", "ns.instance.example=192.0.2.256"),
+        ("instance.example", "192.0.2.53"),
+        ("instance.example", "ns.example.net\n@ A 192.0.2.1"),
+        ("instance.example:x", "ns.example.net"),
+        ("instance.example.", "ns.example.net"),
+        (".instance.example", "ns.example.net"),
+        ("", "ns.example.net"),
+        (f"{'a' * 63}.{'b' * 63}.{'c' * 63}", "ns.example.net"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["zone", "tinydns"])
+def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tmp_path, kind, words):
+    make_hosts(tmp_path)
+    before = made(kind, tmp_path, *SERVER)
+    make_hosts(tmp_path, {})
+    result = zone(kind, tmp_path, *words)
+    assert result.returncode == 1 and result.stderr.startswith("instances-zone.py: error: ")
+    assert len(result.stderr.splitlines()) == (2 if "\n" in words[1] else 1)
+    assert (tmp_path / "made").read_text() == before and not (tmp_path / "made.new").exists()
+
+
+def test_a_file_of_somebody_else_is_neither_read_nor_replaced(tmp_path):
+    make_hosts(tmp_path)
+    (tmp_path / "made").write_text("; my own zone\n")
+    for kind, words in (("zone", SERVER), ("tinydns", SERVER), ("avahi", ("local",))):
+        result = zone(kind, tmp_path, *words)
+        assert result.returncode == 1 and "move it away" in result.stderr
+    assert (tmp_path / "made").read_text() == "; my own zone\n"
+    for text in (
+        "10.83.0.11 web.instance.internal\nnonsense\n",
+        "10.83.0 web.instance.internal\n",
+        "::1 -x.internal\n",
+    ):
+        (tmp_path / "instances.hosts").write_text(text)
+        assert zone("zone", tmp_path, *SERVER, file="new").returncode == 1
+    (tmp_path / "instances.hosts").unlink()
+    assert zone("zone", tmp_path, *SERVER, file="new").returncode == 1 and not (tmp_path / "new").exists()
+
+
+def test_wrong_usage_is_told(tmp_path):
+    for words in ([], ["zone"], ["zone", "hosts", "file", "instance.example"], ["bind", "h", "f", *SERVER]):
+        result = run_script(ZONE, *words, base=tmp_path)
+        assert result.returncode == 2 and result.stderr.startswith("usage: ")
+    assert run_script(ZONE, "avahi", "h", "f", "local", "more", base=tmp_path).returncode == 2
+    assert run_script(ZONE, "--help", base=tmp_path).stdout.startswith("usage: ")
+
+
+def test_many_at_once_write_a_whole_file_each_and_no_serial_twice(tmp_path):
+    make_hosts(tmp_path)
+    first = serial_before = 0
+    made("zone", tmp_path, *SERVER)
+    (tmp_path / "made").write_text((tmp_path / "made").read_text().replace("mail", "post"))
+    text = re.sub(r"\d+ 3600", "4000000000 3600", (tmp_path / "made").read_text())  # ahead: each change is one more
+    (tmp_path / "made").write_text(text)
+    first = serial_before = serial(tmp_path)
+    commands = [
+        [sys.executable, ZONE, "zone", tmp_path / "instances.hosts", tmp_path / "made", "instance.example", server]
+        for server in [f"ns{number}.example.net" for number in range(8)]
+    ]
+    running = [subprocess.Popen(list(map(str, command)), **QUIET) for command in commands]
+    seen = set()
+    while any(process.poll() is None for process in running):
+        text = (tmp_path / "made").read_text()
+        assert text.startswith("; Made by") and text.endswith("lan.lan.instance.example. A 10.83.0.15\n")
+        assert serial(tmp_path) >= serial_before
+        seen.add(serial_before := serial(tmp_path))
+    assert [process.returncode for process in running] == 8 * [0] and serial(tmp_path) == first + 8
+
+
+def test_mode_owner_and_link_are_kept_and_what_a_killed_run_left_is_not_followed(tmp_path):
+    make_hosts(tmp_path)
+    (tmp_path / "real").write_text("")
+    (tmp_path / "real").chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "real", 4321, 4321)
+    (tmp_path / "made").symlink_to("real")
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "real.new").symlink_to("other")
+    made("zone", tmp_path, *SERVER)
+    status = os.stat(tmp_path / "real")
+    assert (tmp_path / "made").is_symlink() and status.st_mode & 0o777 == 0o640
+    assert status.st_uid == (4321 if os.geteuid() == 0 else os.geteuid())
+    assert (tmp_path / "other").read_text() == "other" and not os.path.lexists(tmp_path / "real.new")
+
+
+def test_ten_thousand_instances_take_seconds_not_more(tmp_path):
+    registry = {
+        f"10:66:6a:4c:{number >> 8:02x}:{number & 255:02x}": {
+            "name": f"guest-{number}",
+            "ipv4": f"10.83.{number >> 8}.{number & 255}",
+            "ipv6_gua": f"2001:67c:83::{number + 1:x}",
+            "ipv6_ula": f"fd83:5eed::{number + 1:x}",
+        }
+        for number in range(10000)
+    }
+    make_hosts(tmp_path, registry)
+
+    def used():
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+
+    before = used()
+    text = made("tinydns", tmp_path, *SERVER)
+    assert used() - before < 5 and text.count("guest-9999.") == 6
