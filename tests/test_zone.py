@@ -118,10 +118,10 @@ def start_bind(host, address: str, file: Path, second: str = "") -> subprocess.P
     folder = host.folder / "bind"
     folder.mkdir()
     options = (
-        f'directory "{folder}"; pid-file none; listen-on {{ {address}; }}; listen-on-v6 {{ none; }}; recursion no; '
+        f'directory "{folder}"; pid-file none; recursion no; listen-on {{ {address}; }}; listen-on-v6 {{ none; }};'
     )
-    options += f"notify-source {address}; "
-    zone = f'type primary; file "{file}"; notify explicit; also-notify {{ {second} }}; allow-transfer {{ any; }};'
+    options += f" notify-source {address};"
+    zone = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }}; allow-transfer {{ any; }};'
     text = f'options {{ {options} }};\ncontrols {{ }};\nzone "instance.example" {{ {zone} }};\n'
     (folder / "named.conf").write_text(text)
     return host.start("named", "-f", "-c", folder / "named.conf", **QUIET)
@@ -130,15 +130,9 @@ def start_bind(host, address: str, file: Path, second: str = "") -> subprocess.P
 def start_nsd(host, address: str, zone: str) -> subprocess.Popen:
     """Start nsd with a line for each of the zone's options."""
     config = host.folder / "nsd.conf"
-    places = ("database", "pidfile", "xfrdfile", "zonelistfile")
-    lines = [
-        "server:",
-        f"ip-address: {address}",
-        'username: ""',
-        f'zonesdir: "{host.folder}"',
-        f'xfrdir: "{host.folder}"',
-    ]
-    lines += [f'{name}: "{host.folder}/nsd.{name}"' for name in places]
+    lines = ["server:", f"ip-address: {address}", 'username: ""']
+    lines += [f'{name}: "{host.folder}"' for name in ("zonesdir", "xfrdir")]
+    lines += [f'{name}: "{host.folder}/nsd.{name}"' for name in ("database", "pidfile", "xfrdfile", "zonelistfile")]
     config.write_text("\n".join([*lines, "remote-control:", "control-enable: no", "zone:", zone, ""]))
     return host.start("nsd", "-d", "-c", config, **QUIET)
 
@@ -237,8 +231,8 @@ def test_tinydns_answers_by_where_the_client_is_and_no_instance_is_the_name_serv
     assert ask("instance.example", "NS") == 2 * [["ns.instance.example."]]
     shown = run("sed", "-n", "s/^Z[^:]*:[^:]*:[^:]*:\\([0-9]*\\):.*/\\1/p", root / "data").stdout.strip()
     assert shown in ask("instance.example", "SOA")[0]
-    for name in ("hand", "edited", "evil", "large", "short", "swapped", "kinds", "forms", "types", "upper"):
-        assert ask(f"{name}.instance.example", "ANY") == ask(f"{name}.lan.instance.example", "ANY") == 2 * [[]]
+    names = set(re.findall(r"^[+:]([^.]*)\.", (root / "data").read_text(), re.MULTILINE))
+    assert names == {"web", "mail", "ns", "lan"}
 
 
 def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
@@ -269,17 +263,22 @@ def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
     (etc / "hosts.orig").rename(etc / "orig")
     run_script(ZONE, "avahi", host.folder / "var/lib/misc/instances.hosts", etc / "hosts", "local", base=host.base)
     daemon.send_signal(signal.SIGHUP)
-    wait_for(lambda: ask("post.local", "A") == ["198.20.0.9"] and not ask("mail.local", "A"), "avahi's new name")
+    wait_for(
+        lambda: ask("post.local", "A") == ["198.20.0.9"] and "198.20.0.9" not in ask("mail.local", "A"), "a new name"
+    )
+
+
+SPECIAL = """0.0.0.1 100.64.0.1 100.127.255.254 127.0.0.1 169.254.0.1 192.0.0.1 192.0.2.1 192.88.99.1 198.18.0.1
+198.19.255.254 198.51.100.1 203.0.113.1 224.0.0.1 240.0.0.1 255.255.255.255
+2001::1 2001:1ff::1 2001:10::1 2002:a53:1::1"""
+PRIVATE = "10.0.0.1 10.255.255.254 172.16.0.1 172.31.255.254 192.168.0.1 192.168.255.254 fd00::1 fc00::1"
+GLOBAL = """1.0.0.1 9.255.255.254 11.0.0.1 100.63.255.254 100.128.0.1 126.0.0.1 128.0.0.1 169.253.0.1 169.255.0.1
+172.15.0.1 172.32.0.1 192.0.1.1 192.0.3.1 192.167.0.1 192.169.0.1 198.17.0.1 198.20.0.1 198.51.99.1 203.0.112.1
+223.255.255.254 2000::1 2001:200::1 2001:67c::1 2003::1 2a00::1 3ffe::1"""
 
 
 def test_only_global_addresses_are_published_as_wan_and_private_ones_as_lan(tmp_path):
-    special = """0.0.0.1 100.64.0.1 100.127.255.254 127.0.0.1 169.254.0.1 192.0.0.1 192.0.2.1 192.88.99.1 198.18.0.1
-        198.19.255.254 198.51.100.1 203.0.113.1 224.0.0.1 240.0.0.1 255.255.255.255
-        2001::1 2001:1ff::1 2001:10::1 2002:a53:1::1""".split()
-    private = "10.0.0.1 10.255.255.254 172.16.0.1 172.31.255.254 192.168.0.1 192.168.255.254 fd00::1 fc00::1".split()
-    usual = """1.0.0.1 9.255.255.254 11.0.0.1 100.63.255.254 100.128.0.1 126.0.0.1 128.0.0.1 169.253.0.1 169.255.0.1
-        172.15.0.1 172.32.0.1 192.0.1.1 192.0.3.1 192.167.0.1 192.169.0.1 198.17.0.1 198.20.0.1 198.51.99.1 203.0.112.1
-        223.255.255.254 2000::1 2001:200::1 2001:67c::1 2003::1 2a00::1 3ffe::1""".split()
+    special, private, usual = SPECIAL.split(), PRIVATE.split(), GLOBAL.split()
     registry = {}
     for number, address in enumerate([*special, *private, *usual]):
         field = "ipv4" if ":" not in address else "ipv6_ula" if address.startswith("f") else "ipv6_gua"
@@ -316,8 +315,9 @@ def test_restored_registry_or_zone_does_not_take_the_serial_back(tmp_path):
     assert serial(tmp_path) > last
     (tmp_path / "made").write_text(re.sub(r"\d+ 3600", "7 3600", backup))
     make_hosts(tmp_path, {})
+    wait_for(lambda: time.time() > last + 1, "the next second")  # three changes in one are ahead of the time
     made("zone", tmp_path, *SERVER)
-    assert serial(tmp_path) >= last
+    assert serial(tmp_path) > last
 
 
 @pytest.mark.parametrize(("last", "following"), [(2026112201, 2026112202), (2**32 - 1, None), (2**31 + 5, 2**31 + 6)])
@@ -408,24 +408,19 @@ def test_wrong_usage_is_told(tmp_path):
 
 def test_many_at_once_write_a_whole_file_each_and_no_serial_twice(tmp_path):
     make_hosts(tmp_path)
-    first = serial_before = 0
-    made("zone", tmp_path, *SERVER)
-    (tmp_path / "made").write_text((tmp_path / "made").read_text().replace("mail", "post"))
-    text = re.sub(r"\d+ 3600", "4000000000 3600", (tmp_path / "made").read_text())  # ahead: each change is one more
-    (tmp_path / "made").write_text(text)
-    first = serial_before = serial(tmp_path)
+    ahead = 3 * 10**9  # of the time, so that each change has one more
+    (tmp_path / "made").write_text(re.sub(r"\d+ 3600", f"{ahead} 3600", made("zone", tmp_path, *SERVER)))
+    before = ahead
     commands = [
         [sys.executable, ZONE, "zone", tmp_path / "instances.hosts", tmp_path / "made", "instance.example", server]
         for server in [f"ns{number}.example.net" for number in range(8)]
     ]
     running = [subprocess.Popen(list(map(str, command)), **QUIET) for command in commands]
-    seen = set()
     while any(process.poll() is None for process in running):
         text = (tmp_path / "made").read_text()
         assert text.startswith("; Made by") and text.endswith("lan.lan.instance.example. A 10.83.0.15\n")
-        assert serial(tmp_path) >= serial_before
-        seen.add(serial_before := serial(tmp_path))
-    assert [process.returncode for process in running] == 8 * [0] and serial(tmp_path) == first + 8
+        assert before <= (before := serial(tmp_path))
+    assert [process.returncode for process in running] == 8 * [0] and serial(tmp_path) == ahead + 8
 
 
 def test_mode_owner_and_link_are_kept_and_what_a_killed_run_left_is_not_followed(tmp_path):
