@@ -1,55 +1,194 @@
 """The example cluster."""
 
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import PROCESS, Host, environment, wait_for
+from lab import EXAMPLES, PROCESS, UPDATE, Host, environment, wait_for
 
 pytestmark = pytest.mark.slow
 
+README = (EXAMPLES / "cluster" / "README.md").read_text()
+COMMANDS, MOVED = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+GUEST = "10:66:6a:4c:a1:12"
 
-def test_cluster_example_resolves_names_across_hosts(tmp_path):
+
+def run_readme(host: Host, block: str) -> None:
+    """Run commands of the README on host a, or what they are on host b, with paths below the host's folder."""
+    if host.folder.name == "b":
+        for here, there in (("a.conf", "b.conf"), (".a.", ".b."), ("10.84.2.", "10.84.1."), ("fd84:2:", "fd84:1:")):
+            block = block.replace(here, there)
+    other = 1 if host.folder.name == "b" else 2
+    block = block.replace("IPV4-ADDRESS-OF-B", f"192.0.2.{other}").replace("IPV6-ADDRESS-OF-B", f"2001:db8::{other}")
+    block = re.sub(r"/(?:var/lib/misc|etc/\w+(?:\.d)?)(?=/)", str(host.folder), block)
+    block = "systemctl() { :; }\n" + block  # the test starts and stops dnsmasq
+    host.run("sh", "-euc", block, cwd=EXAMPLES / "cluster", env=environment(host.base))
+
+
+def start_dnsmasq(host: Host) -> None:
+    """Start dnsmasq by the host's configuration, with a resolver that it would ask for what is not here."""
+    text = (host.folder / "br0.conf").read_text().replace("/usr/local/sbin", str(UPDATE.parent))
+    (host.folder / "here.conf").write_text(
+        text.replace("/var/lib/misc", str(host.folder)) + "server=127.0.0.1#5300\nno-ping\n"
+    )
+    host.start_dnsmasq(config=host.folder / "here.conf")
+
+
+def hand_over(host: Host) -> None:
+    """Do what the service does on an update: make the names and give them to dnsmasq."""
+    settings = dict(line.split("=") for line in (host.folder / "instances").read_text().splitlines())
+    host.run(sys.executable, PROCESS, env=environment(host.base, **settings))
+    Path(f"{host.base}.hosts").rename(host.folder / "instances.hosts.d" / "instances.hosts")
+
+
+def join(host: Host, mac: str, name: str, both: bool = True):
+    """Return a new guest with a lease, or with one of both kinds and a default route of each."""
+    guest = host.client(name, mac)
+    guest.start_dhcp4(name)
+    guest.wait_registered("bound 10.84")
+    if both:
+        guest.start_dhcp6(name)
+        guest.wait_registered("BOUND6 fd84")
+        guest.run("ip", "route", "add", "default", "via", host.address)
+        wait_for(lambda: "default" in guest.run("ip", "-6", "route").stdout, "the router advertisement's route")
+    hand_over(host)
+    return guest
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Hosts a and b after the README's commands, twice, and a way to ask a guest's question of a's dnsmasq."""
     need(*PROGRAMS)
     hosts = []
     try:
         for number, letter in ((1, "a"), (2, "b")):
-            folder = tmp_path / letter
+            folder = tmp_path_factory.mktemp("cluster") / letter
             folder.mkdir()
             addresses = (f"10.84.{number}.1/24", f"fd84:{number}::1/80")
             hosts.append(Host(folder, addresses, f"10:66:6a:4c:a{number}:fe"))
+            hosts[-1].address = f"10.84.{number}.1"
         a, b = hosts
         a.run("ip", "link", "add", "routed", "type", "veth", "peer", "name", "routed", "netns", b.name)
-        for host, number, other in ((a, 1, 2), (b, 2, 1)):
+        for number, host in ((1, a), (2, b)):
             host.run("ip", "address", "add", f"192.0.2.{number}/24", "dev", "routed")
+            host.run("ip", "address", "add", f"2001:db8::{number}/64", "dev", "routed", "nodad")
             host.run("ip", "link", "set", "routed", "up")
-            host.run("ip", "route", "add", f"10.84.{other}.0/24", "via", f"192.0.2.{other}")
-            host.set("net/ipv4/ip_forward", "1")
-            host.update("--initialize", "br0", "host")
-            (host.folder / "instances.hosts.d").mkdir()
-            host.start_dnsmasq(config=host.example(f"cluster/{host.folder.name}.conf"))
-            host.update("add", f"10:66:6a:4c:a{number}:11", f"10.84.{number}.11", "web")
-            domain = {"INSTANCES_HOSTS_DOMAIN": f".{host.folder.name}.instance.internal"}
-            host.run(sys.executable, PROCESS, env=environment(host.base, **domain))
-            Path(f"{host.base}.hosts").rename(host.folder / "instances.hosts.d" / "instances.hosts")
-        client = a.client("client", "10:66:6a:4c:a1:12")
-        client.run("ip", "address", "add", "10.84.1.12/24", "dev", "eth0")
-
-        def ask(*question):
-            return client.run(
-                "dig", "+short", "+timeout=1", "+tries=1", "@10.84.1.1", *question, check=False
-            ).stdout.split()
-
-        wait_for(lambda: ask("web.b.instance.internal", "A") == ["10.84.2.11"], "a name of the other host")
-        assert ask("web.v4.a.instance.internal", "A") == ["10.84.1.11"]
-        assert ask("-x", "10.84.2.11") == ["web.b.instance.internal."] and ask("-x", "10.84.1.11") == [
-            "web.a.instance.internal."
-        ]
-        assert ask("-x", "fd84:2::1") == ["host.b.instance.internal."]
-        b.stop(b.dnsmasq)
-        assert ask("web.a.instance.internal", "A") == ["10.84.1.11"]
-        assert "10.84.2.11" not in ask("web.b.instance.internal", "A")
+        for host in hosts:
+            run_readme(host, COMMANDS)
+            run_readme(host, COMMANDS)
+            with open(host.folder / "upstream.log", "w") as log:
+                options = [
+                    "--port=5300",
+                    "--log-queries",
+                    "--log-facility=-",
+                    "--no-resolv",
+                    "--no-hosts",
+                    "--pid-file",
+                ]
+                upstream = [
+                    "--address=/#/192.0.2.99",
+                    "--bind-interfaces",
+                    "--listen-address=127.0.0.1",
+                    "--interface=lo",
+                ]
+                command = [
+                    "dnsmasq",
+                    "--conf-file=/dev/null",
+                    "--keep-in-foreground",
+                    "--user=root",
+                    *options,
+                    *upstream,
+                ]
+                host.start(*command, stdout=log, stderr=subprocess.STDOUT)
+            start_dnsmasq(host)
+            hand_over(host)
+        yield a, b
     finally:
         for host in hosts:
             host.close()
+
+
+def ask(client, *question) -> list[str]:
+    """Return host a's answers to a question of one of its guests."""
+    command = ["dig", "+short", "+timeout=2", "+tries=1", "@10.84.1.1", *question]
+    return client.run(*command, check=False).stdout.split()
+
+
+def test_names_resolve_and_guests_reach_each_other_across_hosts(cluster):
+    a, b = cluster
+    asks, web = join(a, "10:66:6a:4c:a1:11", "asks"), join(b, "10:66:6a:4c:a2:11", "web")
+    address, address6 = (b.registry()[web.mac][field] for field in ("ipv4", "ipv6_ula"))
+    wait_for(lambda: ask(asks, "web.b.instance.internal", "A") == [address], "a name of the other host")
+    assert ask(asks, "web.b.instance.internal", "AAAA") == [address6]
+    assert ask(asks, "asks.v4.a.instance.internal", "A") == [a.registry()[asks.mac]["ipv4"]]
+    assert ask(asks, "-x", address) == ask(asks, "-x", address6) == ["web.b.instance.internal."]
+    assert ask(asks, "-x", "10.84.1.1") == ask(asks, "-x", "fd84:1::1") == ["host.a.instance.internal."]
+    assert ask(asks, "-x", "fd84:2::1") == ["host.b.instance.internal."]
+    for reached in (address, address6, "10.84.2.1", "fd84:2::1"):
+        assert asks.pings(reached), reached
+    b.stop(b.dnsmasq)
+    assert ask(asks, "host.a.instance.internal", "A") == ["10.84.1.1"]
+    assert address not in ask(asks, "web.b.instance.internal", "A")
+    start_dnsmasq(b)
+
+
+def test_own_and_unknown_names_and_addresses_are_not_asked_upstream(cluster):
+    a, _ = cluster
+    log = a.folder / "upstream.log"
+    for name in ("nobody.a", "nobody", "host.c", "lease", "nobody.lease.a"):
+        assert ask(a, f"{name}.instance.internal", "A") == ask(a, f"{name}.instance.internal", "AAAA") == []
+    for address in ("10.84.1.77", "fd84:1::77", "fd84:1::7fff:ffff:ffff"):
+        assert ask(a, "-x", address) == []
+    assert ask(a, "elsewhere.example", "A") == ["192.0.2.99"]
+    asked = re.findall(r"query\[\w+\] (\S+)", log.read_text())
+    assert asked == ["elsewhere.example"]
+
+
+def test_names_that_clients_choose_are_only_below_lease(cluster):
+    a, _ = cluster
+    guest = join(a, "10:66:6a:4c:a1:31", "chosen", both=False)
+    assert re.search(r"option: *15 domain-name +a\.instance\.internal\n", a.log.read_text())
+    address = a.registry()[guest.mac]["ipv4"]
+    a.update("--rename", guest.mac, "given")
+    hand_over(a)
+    wait_for(lambda: ask(guest, "given.a.instance.internal", "A") == [address], "the given name")
+    assert ask(guest, "chosen.lease.a.instance.internal", "A") == [address]
+    for name in ("chosen", "chosen.instance.internal", "chosen.a.instance.internal", "given"):
+        assert ask(guest, name, "A") in ([], ["192.0.2.99"])
+    unwanted = join(a, "10:66:6a:4c:a1:32", "wpad", both=False)
+    assert a.registry()[unwanted.mac]["name"] == "" and ask(guest, "wpad.lease.a.instance.internal", "A") == []
+
+
+def test_moved_guest_is_taken_out_of_its_old_host_and_does_not_come_back(cluster):
+    a, b = cluster
+    others = [join(a, "10:66:6a:4c:a1:41", "early", both=False)]
+    guest = join(a, GUEST, "app")
+    others.append(join(a, "10:66:6a:4c:a1:42", "late", both=False))
+    addresses = [a.registry()[GUEST][field] for field in ("ipv4", "ipv6_ula")]
+    a.clients.remove(guest)
+    guest.close()
+    join(b, GUEST, "app", both=False)
+    there = b.registry()[GUEST]["ipv4"]
+    wait_for(lambda: ask(a, "app.b.instance.internal", "A") == [there], "the name on b")
+    assert ask(a, "app.a.instance.internal", "A") == addresses[:1]
+
+    def restart(*commands):
+        a.stop(a.dnsmasq)
+        run_readme(a, "\n".join(commands))
+        for other in others:
+            a.update("--remove", other.mac)
+        start_dnsmasq(a)  # it tells of all leases, those before the guest's and those after it
+        wait_for(lambda: all(other.mac in a.registry() for other in others), "all leases told")
+        hand_over(a)
+        wait_for(lambda: ask(a, "host.a.instance.internal", "A") == ["10.84.1.1"], "the names on a")
+
+    stop, sed, remove, start = MOVED.replace(" MAC", f" {GUEST}").splitlines()
+    assert (stop, start) == ("systemctl stop dnsmasq", "systemctl start dnsmasq")
+    restart(remove)
+    assert GUEST in a.registry()  # so the leases must go as well
+    restart(*(sed.replace("ADDRESS", address) for address in addresses), remove)
+    assert GUEST not in a.registry() and ask(a, "app.a.instance.internal", "A") == []
+    assert ask(a, "app.b.instance.internal", "A") == [there]

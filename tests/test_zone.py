@@ -120,8 +120,8 @@ def start_bind(host, address: str, file: Path, second: str = "") -> subprocess.P
     options = (
         f'directory "{folder}"; pid-file none; recursion no; listen-on {{ {address}; }}; listen-on-v6 {{ none; }};'
     )
-    options += f" notify-source {address};"
-    zone = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }}; allow-transfer {{ any; }};'
+    options += f" notify-source {address}; allow-transfer {{ any; }};"
+    zone = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }};'
     text = f'options {{ {options} }};\ncontrols {{ }};\nzone "instance.example" {{ {zone} }};\n'
     (folder / "named.conf").write_text(text)
     return host.start("named", "-f", "-c", folder / "named.conf", **QUIET)
