@@ -193,3 +193,22 @@ def test_moved_guest_is_taken_out_of_its_old_host_and_does_not_come_back(cluster
     restart(*(sed.replace("ADDRESS", address) for address in addresses), remove)
     assert GUEST not in a.registry() and ask(a, "app.a.instance.internal", "A") == []
     assert ask(a, "app.b.instance.internal", "A") == [there]
+
+
+def test_lease_is_the_mac_addresss_whatever_client_identifier_is_sent(cluster):
+    a, _ = cluster
+    holder = join(a, "10:66:6a:4c:a1:51", "holder", both=False)
+    address = a.registry()[holder.mac]["ipv4"]
+    thief = a.client("thief", "10:66:6a:4c:a1:52")
+    identifier = f"0x3d:01{holder.mac.replace(':', '')}"
+    thief.start("udhcpc", "-f", "-i", "eth0", "-C", "-x", identifier, "-s", thief.script, "-A", "1")
+    thief.wait_registered("bound 10.84")
+    assert a.registry()[thief.mac]["ipv4"] != address == a.registry()[holder.mac]["ipv4"]
+
+
+def test_configurations_differ_only_by_host():
+    a, b = ((EXAMPLES / "cluster" / f"{letter}.conf").read_text() for letter in "ab")
+    other = {"a.": "b.", "b.": "a.", "host a": "host b", "host b": "host a", "web.b": "web.a"}
+    other |= {"84.1.": "84.2.", "84.2.": "84.1.", "fd84:1:": "fd84:2:", "fd84:2:": "fd84:1:"}
+    pattern = r"host [ab]\b|web\.b|(?<![a-z])[ab]\.(?=instance)|84\.[12]\.|fd84:[12]:"
+    assert re.sub(pattern, lambda found: other[found[0]], a) == b
