@@ -46,7 +46,7 @@ def hand_over(host: Host) -> None:
 
 def join(host: Host, mac: str, name: str, both: bool = True):
     """Return a new guest with a lease, or with one of both kinds and a default route of each."""
-    guest = host.client(name, mac)
+    guest = host.client(name, mac, port=name)
     guest.start_dhcp4(name)
     guest.wait_registered("bound 10.84")
     if both:
@@ -199,7 +199,7 @@ def test_lease_is_the_mac_addresss_whatever_client_identifier_is_sent(cluster):
     a, _ = cluster
     holder = join(a, "10:66:6a:4c:a1:51", "holder", both=False)
     address = a.registry()[holder.mac]["ipv4"]
-    thief = a.client("thief", "10:66:6a:4c:a1:52")
+    thief = a.client("thief", "10:66:6a:4c:a1:52", port="thief")
     identifier = f"0x3d:01{holder.mac.replace(':', '')}"
     thief.start("udhcpc", "-f", "-i", "eth0", "-C", "-x", identifier, "-s", thief.script, "-A", "1")
     thief.wait_registered("bound 10.84")

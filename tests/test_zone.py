@@ -286,7 +286,7 @@ def test_only_global_addresses_are_published_as_wan_and_private_ones_as_lan(tmp_
     hosts = make_hosts(tmp_path, registry).read_text()
     assert all(f"{address} n" in hosts for address in (*special, *private, *usual))  # the processor has left none out
     rows = [line.split() for line in made("zone", tmp_path, *SERVER).splitlines()]
-    found = {side: [row[2] for row in rows if f".{side}." in row[0]] for side in ("wan", "lan")}
+    found = {side: [row[2] for row in rows if f".{side}" in row[0]] for side in ("wan", "lan")}
     assert found == {"wan": usual, "lan": private}
 
 
@@ -376,7 +376,7 @@ def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tm
     make_hosts(tmp_path, {})
     result = zone(kind, tmp_path, *words)
     assert result.returncode == 1 and result.stderr.startswith("instances-zone.py: error: ")
-    assert len(result.stderr.splitlines()) == (2 if "\n" in words[1] else 1)
+    assert len(result.stderr.splitlines()) == 1
     assert (tmp_path / "made").read_text() == before and not (tmp_path / "made.new").exists()
 
 

@@ -39,7 +39,7 @@ def say(message):
 def check_domain(text, longest=253):
     """Return a domain as it is. ValueError if it is none, or has more characters than this."""
     if not re.fullmatch(rf"({LABEL}\.)*{LABEL}", text) or text.rpartition(".")[2].isdigit() or len(text) > longest:
-        raise ValueError(f"{text}: not a domain name (without a dot at its end) of {longest} characters at most")
+        raise ValueError(f"{text!r}: not a domain name (without a dot at its end) of {longest} characters at most")
     return text
 
 
@@ -68,7 +68,7 @@ def read_hosts(path):
         for line in file:
             match = re.fullmatch(rf"(\S+) (?=[A-Za-z])({LABEL})\.\S.*\n", line)
             if not match:
-                raise ValueError(f"{path}: not a file of instances-process.py: {line.strip()}")
+                raise ValueError(f"{path}: not a file of instances-process.py: {line!r}")
             address = ip_address(match[1])
             rows[match[2], side(address), address] = None
     return [row for row in rows if row[1]]
