@@ -360,6 +360,7 @@ def test_two_servers_with_addresses_of_both_kinds_are_loaded(tmp_path):
         ("instance.example", "instance.example"),
         ("instance.example", "ns.example.net=192.0.2.53"),
         ("instance.example", "ns.instance.example=192.0.2.256"),
+        ("instance.example", "ns.instance.example=fe80::1%eth0"),
         ("instance.example", "192.0.2.53"),
         ("instance.example", "ns.example.net\n@ A 192.0.2.1"),
         ("instance.example:x", "ns.example.net"),
@@ -380,13 +381,19 @@ def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tm
     assert (tmp_path / "made").read_text() == before and not (tmp_path / "made.new").exists()
 
 
-def test_a_file_of_somebody_else_is_neither_read_nor_replaced(tmp_path):
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
     make_hosts(tmp_path)
-    (tmp_path / "made").write_text("; my own zone\n")
-    for kind, words in (("zone", SERVER), ("tinydns", SERVER), ("avahi", ("local",))):
-        result = zone(kind, tmp_path, *words)
-        assert result.returncode == 1 and "move it away" in result.stderr
-    assert (tmp_path / "made").read_text() == "; my own zone\n"
+    kinds = {"zone": SERVER, "tinydns": SERVER, "avahi": ("local",)}
+    for of, words in kinds.items():
+        assert zone(of, tmp_path, *words, file=of).returncode == 0
+    edited = re.sub(r"(\d+) 3600", "(\n\\1 ; serial\n) 3600", (tmp_path / "zone").read_text())
+    texts = {of: (tmp_path / of).read_text() for of in kinds} | {"own": "; my own zone\n", "edited": edited}
+    for of, text in texts.items():
+        (tmp_path / "made").write_text(text)
+        for kind in kinds.keys() - {of}:
+            result = zone(kind, tmp_path, *kinds[kind])
+            assert result.returncode == 1 and "move it away" in result.stderr
+        assert (tmp_path / "made").read_text() == text
     for text in (
         "10.83.0.11 web.instance.internal\nnonsense\n",
         "10.83.0 web.instance.internal\n",
@@ -418,7 +425,7 @@ def test_many_at_once_write_a_whole_file_each_and_no_serial_twice(tmp_path):
     running = [subprocess.Popen(list(map(str, command)), **QUIET) for command in commands]
     while any(process.poll() is None for process in running):
         text = (tmp_path / "made").read_text()
-        assert text.startswith("; Made by") and text.endswith("lan.lan.instance.example. A 10.83.0.15\n")
+        assert text.startswith("; zone made by") and text.endswith("lan.lan.instance.example. A 10.83.0.15\n")
         assert before <= (before := serial(tmp_path))
     assert [process.returncode for process in running] == 8 * [0] and serial(tmp_path) == ahead + 8
 

@@ -49,6 +49,8 @@ def read_servers(words, domain):
     for word in words:
         name, _, address = word.partition("=")
         addresses = servers.setdefault(check_domain(name).lower(), [])
+        if "%" in address:
+            raise ValueError(f"{word!r}: a link-local address is no name server's")
         addresses += [ip_address(address)] if address else []
     for name, addresses in servers.items():
         if f".{name}".endswith(f".{domain.lower()}") != bool(addresses):
@@ -93,7 +95,7 @@ def zone_text(records, domain, servers):
     lines = [f"{domain}. SOA {next(iter(servers))}. hostmaster.{domain}. @SERIAL@ 3600 600 604800 60"]
     lines += [f"{domain}. NS {server}." for server in servers]
     lines += [f"{name}. {'A' if address.version == 4 else 'AAAA'} {address}" for name, address, _ in records]
-    return "\n".join(["; Made by instances-zone.py", "$TTL 60", *lines, ""])
+    return "\n".join(["; zone made by instances-zone.py", "$TTL 60", *lines, ""])
 
 
 def tinydns_text(records, domain, servers):
@@ -104,7 +106,7 @@ def tinydns_text(records, domain, servers):
     for name, address, location in records:
         data = f"+{name}:{address}" if address.version == 4 else f":{name}:28:{octal(address)}"
         lines.append(f"{data}:60::{location}")
-    return "\n".join(["# Made by instances-zone.py", *lines, ""])
+    return "\n".join(["# tinydns's data made by instances-zone.py", *lines, ""])
 
 
 def octal(address):
@@ -114,15 +116,14 @@ def octal(address):
 
 def avahi_text(records, *_):
     """Return avahi's hosts file."""
-    return "\n".join(["# Made by instances-zone.py", *(f"{address} {name}" for name, address, _ in records), ""])
+    lines = [f"{address} {name}" for name, address, _ in records]
+    return "\n".join(["# avahi's hosts made by instances-zone.py", *lines, ""])
 
 
-def serial_of(text, path):
-    """Return the serial of a zone or of tinydns's data, 0 if there is none yet. ValueError if it is not ours."""
+def serial_of(text):
+    """Return the serial of a zone or of tinydns's data, None if there is none."""
     match = re.search(r"^(?:\S+ SOA \S+ \S+ |Z[^:]*:[^:]*:[^:]*:)(\d+)", text, re.MULTILINE)
-    if text and not text[2:].startswith("Made by instances-zone.py\n"):
-        raise ValueError(f"{path}: not a file of instances-zone.py: move it away")
-    return int(match[1]) if match else 0
+    return int(match[1]) if match else None
 
 
 def next_serial(last, now):
@@ -165,10 +166,12 @@ def main(arguments):
     if os.path.exists(path):
         with open(path, encoding="ascii") as file:
             old = file.read()
-    serial = serial_of(old, path)
     text = make(records, domain, servers)
+    serial = serial_of(old)
+    if old and (not old.startswith(text.partition("\n")[0]) or servers and serial is None):
+        raise ValueError(f"{path}: not as this program makes it for {kind}: move it away")
     if text.replace("@SERIAL@", str(serial)) != old:
-        serial = next_serial(serial, int(time.time()))
+        serial = next_serial(serial or 0, int(time.time()))
         replace_file(path, text.replace("@SERIAL@", str(serial)))
         say(f"{path}: {len(records)} addresses{f', serial {serial}' if servers else ''}")
     return 0
