@@ -31,9 +31,7 @@ def run_readme(host: Host, block: str) -> None:
 def start_dnsmasq(host: Host) -> None:
     """Start dnsmasq by the host's configuration, with a resolver that it would ask for what is not here."""
     text = (host.folder / "br0.conf").read_text().replace("/usr/local/sbin", str(UPDATE.parent))
-    (host.folder / "here.conf").write_text(
-        text.replace("/var/lib/misc", str(host.folder)) + "server=127.0.0.1#5300\nno-ping\n"
-    )
+    (host.folder / "here.conf").write_text(text.replace("/var/lib/misc", str(host.folder)) + "server=127.0.0.1#5300\n")
     host.start_dnsmasq(config=host.folder / "here.conf")
 
 
