@@ -58,7 +58,7 @@ def join(host: Host, mac: str, name: str, both: bool = True):
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Hosts a and b after the README's commands, twice, and a way to ask a guest's question of a's dnsmasq."""
+    """Hosts a and b after the README's commands, run twice."""
     need(*PROGRAMS)
     hosts = []
     try:
