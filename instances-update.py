@@ -50,6 +50,7 @@ RANGES = (  # first, end, field; written out, since those of the module ipaddres
     (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
     (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
     (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
+    (b"", b"\xff" * 17, ""),  # any other
 )
 
 
@@ -74,8 +75,9 @@ def parse_address(text):
         packed = inet_pton(AF_INET6, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    field = next((field for first, end, field in RANGES if first <= packed < end), "")
-    return field, inet_ntop(AF_INET6, packed)
+    for first, end, field in RANGES:
+        if first <= packed < end:
+            return field, inet_ntop(AF_INET6, packed)
 
 
 def locked(base):

@@ -5,6 +5,7 @@ As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It 
 """
 
 import ipaddress
+import json
 import os
 import platform
 import re
@@ -109,8 +110,18 @@ def measure_scripts(folder: Path) -> None:
     """Measure the runs of the two scripts."""
     for size in SIZES:
         write_registry(folder / str(size), size)
+    layouts = folder / "jq"
+    layouts.mkdir()
+    for size in SIZES:  # also as jq writes it, with notes
+        registry = json.loads((folder / f"{size}.json").read_text())
+        registry[mac(0)] |= {"note": "für } {", "tags": ["a", {"b": "c"}]}
+        text = subprocess.run(
+            ["jq", "."], input=json.dumps(registry), capture_output=True, text=True, check=True
+        ).stdout
+        (layouts / f"{size}.json").write_text(text)
     row("ignored action (`del`)", folder / "10000", [UPDATE, "del", mac(1), ipv4(1)])
     rows("registered lease (`old`)", folder, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
+    rows("… in a registry with notes as jq writes it", layouts, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
     row("processor without a marker", folder / "10000", [PROCESS])
     rows("processor with a marker", folder, lambda n: [[PROCESS]], marker=True)
     rows(
@@ -179,7 +190,7 @@ def measure_frames(folder: Path) -> None:
         for size, file in loaded.items():
             ratios[size] = statistics.median(a / b for a, b in zip(costs[file][1:], costs[empty][1:]))
             both = (f"{medians[f]:.2f} µs" for f in (file, empty))
-            show("broadcast ARP frame, five chains / empty chain", f"{size:,}", *both, ratios[size])
+            show("broadcast ARP frame, six chains / empty chain", f"{size:,}", *both, ratios[size])
         show("… growth", "100 to 10,000", "", "", ratios[10_000] / ratios[100])
         one_a_rule = folder / "rules.nft"
         one_a_rule.write_text(rule_an_address(10_000))
