@@ -11,8 +11,7 @@ folder=$(mktemp -d)
 host=demo$$-host web=demo$$-web db=demo$$-db
 processes=
 export PATH="$top:/usr/sbin:/usr/bin:/sbin:/bin" # as a service has it: with Debian's Python
-export INSTANCES_BASE_PATH="$folder/instances" INSTANCES_ADDRESS_SETS=host,web
-export INSTANCES_SETTINGS=/dev/null INSTANCES_RULES="$folder/rules" RUNTIME_DIRECTORY="$folder/run"
+export INSTANCES_BASE_PATH="$folder/instances"
 
 finish() {
     status=$?
@@ -68,6 +67,8 @@ END
 chmod 755 "$folder" "$folder/client"
 # the examples, with this folder's paths
 mkdir "$folder/rules" "$folder/instances.hosts.d"
+printf '%s\n' "PATH='$PATH'" "INSTANCES_BASE_PATH='$INSTANCES_BASE_PATH'" "INSTANCES_RULES='$folder/rules'" \
+    "INSTANCES_RUN='$folder/run'" INSTANCES_ADDRESS_SETS=host,web >"$folder/settings"
 sed "s#/var/lib/misc#$folder#" "$top/examples/nftables/bridge.nft" >"$folder/rules/bridge.nft"
 sed "s#/var/lib/misc#$folder#; s#/usr/local/sbin#$top#" "$top/examples/dnsmasq/br0.conf" >"$folder/dnsmasq.conf"
 
@@ -111,7 +112,7 @@ done
 expect '"name": "db"' cat "$folder/instances.json"
 
 step "The processor makes the names, the chains and the sets of it; instances-apply hands them over"
-on $host "$top/examples/systemd/instances-apply" 2>"$folder/summary"
+on $host "$top/examples/systemd/instances-apply" "$folder/settings" 2>"$folder/summary"
 expect '3 instances, 12 host addresses, 12 set elements' cat "$folder/summary"
 expect '10:66:6a:4c:a1:12.*"db"' on $host nft list set bridge instances instances_ip
 until_true sh -c "ip netns exec $web dig +short @10.83.0.1 db.instance.internal | grep -q ."
@@ -152,7 +153,7 @@ step "The administrator renames db to store and removes web: the names follow"
 address=$(address db v4)
 expect 'store: renamed' on $host instances-update.py --rename 10:66:6a:4c:a1:12 store
 expect 'web: removed' on $host instances-update.py --remove 10:66:6a:4c:a1:11
-on $host "$top/examples/systemd/instances-apply" 2>"$folder/summary"
+on $host "$top/examples/systemd/instances-apply" "$folder/settings" 2>"$folder/summary"
 expect '2 instances' cat "$folder/summary"
 until_true sh -c "ip netns exec $db dig +short @10.83.0.1 store.v4.instance.internal | grep -q ."
 expect "$address" on $db dig +noall +answer @10.83.0.1 store.v4.instance.internal
