@@ -1,0 +1,260 @@
+#!/bin/sh
+# usage: boot.sh [RELEASE]...
+# Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs by README.md,
+# and looks at what is in force in each case of a machine's life, while a guest asks for leases and tries an address of
+# another. As root; it changes nothing outside of the folder. BOOT_ROOT: a tar file of a minimal root, instead of
+# debootstrap. Exit status: 0 as expected, 1 not so, 77 systemd-nspawn can't boot here (1 with CI=true).
+# shellcheck disable=SC2016,SC2317 # commands for the machine, and a trap
+set -eu
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+say() { echo "boot.sh: $*" >&2; }
+fail() { say "FAILED: $*"; exit 1; }
+cannot() { say "$*"; [ "${CI-}" = true ] && exit 1; exit 77; }
+
+# ---- Outside: a folder and a process namespace for each release, which both go whatever happens ----
+if [ "${1-}" != inside ]; then
+    [ "$(id -u)" -eq 0 ] || cannot "needs root"
+    export PATH="$PATH:/usr/sbin:/sbin"
+    for program in systemd-nspawn debootstrap unshare nsenter; do
+        command -v "$program" >/dev/null || cannot "needs $program"
+    done
+    folder='' inside=''
+    finish() {
+        status=$?
+        trap '' INT TERM
+        # the namespaces' first process goes, and all others with it, and all mounts
+        [ -z "$inside" ] || { kill -KILL "$inside" 2>/dev/null; wait "$inside" 2>/dev/null; } || true
+        if [ -n "$folder" ]; then
+            unshare --mount sh -c "mount -t cgroup2 none /sys/fs/cgroup &&
+                find '/sys/fs/cgroup/${folder##*/}' -depth -type d -exec rmdir {} +" 2>/dev/null || true
+            rm -rf --one-file-system "$folder"
+        fi
+        trap - EXIT
+        exit "$status"
+    }
+    trap finish EXIT
+    trap 'exit 130' INT TERM HUP
+    [ $# -gt 0 ] || set -- trixie
+    for release in "$@"; do
+        folder=$(mktemp -d /var/tmp/boot.XXXXXX)
+        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+            "$0" inside "$release" "$folder" </dev/null &
+        inside=$!
+        wait "$inside" || exit $?
+        inside=''
+        rm -rf --one-file-system "$folder"
+    done
+    exit 0
+fi
+
+# ---- Inside: a root ----
+release=$2 folder=$3 root=$3/root group=/sys/fs/cgroup/${3##*/}
+started=$(date +%s)
+step() { say "$release, $(($(date +%s) - started)) s: $*"; }
+guest=10:66:6a:4c:a1:11
+
+step "a root"
+mkdir "$root"
+if [ -n "${BOOT_ROOT-}" ]; then
+    tar -xf "$BOOT_ROOT" -C "$root"
+else
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') ||
+        cannot "apt has no Debian mirror"
+    debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 ||
+        { tail -n 5 "$folder/log"; fail "debootstrap"; }
+fi
+# README's packages wait in apt's cache for the machine, which has no network.
+sed -n '/^## Installing/,/^## /p' "$top/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/installing"
+cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
+echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/fast"
+printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" # nothing is started here
+chmod 755 "$root/usr/sbin/policy-rc.d"
+mount -t proc proc "$root/proc"
+chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
+    rm -f /etc/apt/apt.conf.d/docker-clean
+    apt-get update
+    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc jq
+    $(grep '^apt-get install' "$folder/installing" | sed 's/install/install --download-only/')
+    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log"; fail "packages"; }
+umount "$root/proc"
+rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
+mkdir "$root/root/instances"
+tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
+
+# Its bridge, and a guest that is started as Incus, libvirt and LXC are: when there is a network. Its first frame, and
+# then one between any two leases, is sent from an address that is not its own.
+cat >>"$root/etc/network/interfaces" <<'END'
+auto br0
+iface br0 inet static
+    address 10.83.0.1/24
+    pre-up ip link add br0 address 10:66:6a:4c:a1:fe type bridge
+    up ip address add 2001:67c:83::1/80 dev br0 nodad
+    up ip address add fd83:5eed::1/80 dev br0 nodad
+END
+cat >"$root/etc/systemd/system/guest.service" <<'END'
+[Unit]
+After=network.target
+[Service]
+ExecStart=/usr/local/sbin/guest
+[Install]
+WantedBy=multi-user.target
+END
+cat >"$root/usr/local/sbin/guest" <<END
+#!/bin/sh
+set -eu
+ip netns add guest
+own() { ip netns exec guest "\$@"; }
+own sh -c 'echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6'
+ip link add guest0 type veth peer name eth0 address $guest netns guest
+ip link set guest0 master br0 up
+own ip link set eth0 up
+own ip address add 10.83.0.66/24 dev eth0
+while true; do
+    if own busybox ping -q -c 1 -W 1 -I 10.83.0.66 10.83.0.1 >/dev/null 2>&1; then echo open; else echo guarded; fi
+    if own udhcpc -f -q -n -i eth0 -s /bin/true -T 1 -t 3 -x hostname:web >/dev/null 2>&1; then echo lease; else echo none; fi
+done >/run/guest
+END
+chmod 755 "$root/usr/local/sbin/guest"
+# As cloud-init has it, the network is to be there before other things that are early.
+cat >"$root/etc/systemd/system/early.service" <<'END'
+[Unit]
+DefaultDependencies=no
+After=network.target
+Before=sysinit.target
+[Service]
+Type=oneshot
+ExecStart=/bin/true
+[Install]
+WantedBy=sysinit.target
+END
+systemctl --quiet --root="$root" enable guest.service early.service networking.service
+
+# ---- A machine of it ----
+mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
+mkdir "$group"
+echo $$ >"$group/cgroup.procs"
+nspawn='' leader=''
+run() { nsenter --target "$leader" --all -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
+    LC_ALL=C DEBIAN_FRONTEND=noninteractive "$@"; }
+
+boot() {
+    systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off \
+        --link-journal=no --console=pipe --machine="${folder##*/}" --directory="$root" --boot >"$folder/console" 2>&1 &
+    nspawn=$!
+    for _ in $(seq 300); do
+        sleep 0.2
+        leader=$(cat "/proc/$nspawn/task/$nspawn/children") || return 1
+        leader=${leader% }
+        case $(run systemctl is-system-running 2>/dev/null) in running | degraded) return ;; esac
+    done
+    return 1
+}
+halt() {
+    run systemctl poweroff
+    wait "$nspawn" || true
+}
+
+# until_true SECONDS WHAT COMMAND...: a command inside, until it succeeds
+until_true() {
+    seconds=$1 what=$2
+    shift 2
+    end=$(($(date +%s) + seconds))
+    until run "$@" >/dev/null 2>&1; do
+        [ "$(date +%s)" -lt "$end" ] || {
+            run journalctl --no-pager -n 40 -u instances.service -u instances.path -u dnsmasq.service || true
+            run nft list ruleset || true
+            fail "$what: not within $seconds s"
+        }
+        sleep 0.2
+    done
+}
+not() { ! "$@"; }
+# guest_is guarded|open: both of its next two tries, and a lease in between
+guest_is() {
+    lines=$(run cat /run/guest | wc -l)
+    until_true 30 "the guest goes on" sh -c "[ \$(wc -l </run/guest) -ge $((lines + 5)) ]"
+    run tail -n +$((lines + 2)) /run/guest >"$folder/guest"
+    not grep -qvx -e lease -e "$1" "$folder/guest" || { cat "$folder/guest"; fail "the guest: expected $1, and leases"; }
+}
+guard='nft list chain bridge instances guard | grep -q instances_drop_arp'
+name='busybox nslookup web.instance.internal 10.83.0.1 | grep -q "10\.83\.0\.1[0-9][0-9]$"'
+told() { until_true 20 "the journal has: $1" sh -c "journalctl -b -u instances.service | grep -q '$1'"; }
+works() { until_true 20 "it works again" sh -c "$guard && systemctl show -P Result instances.service | grep -qx success"; }
+
+step "its first boot"
+boot || { tail -n 5 "$folder/console"; cannot "systemd-nspawn does not boot here"; }
+[ "$(run head -n 1 /run/guest)" = open ] || fail "the guest was never free to take another's address"
+
+step "installed by README.md: the guest gets a lease and a name, and is held to its address"
+run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "Installing"; }
+until_true 5 "the guard" sh -c "$guard"
+until_true 30 "the guest's name" sh -c "$name"
+guest_is guarded
+
+step "a rule file that wants another setting, then the setting; then the file is edited, and taken away"
+run cp /root/instances/examples/nftables/firewall.nft /etc/instances/
+told 'firewall.nft: not loaded'
+run sh -c "$guard" || fail "a broken rule file keeps the guard out"
+run sh -c 'echo INSTANCES_ADDRESS_SETS=host,web >/etc/default/instances'
+until_true 20 "the setting" sh -c 'nft list set inet instances web.v4.instance | grep -q 10.83.0.1'
+works
+run sed -i 's/not for instances/edited/' /etc/instances/firewall.nft
+until_true 5 "the edited file" sh -c 'nft list table inet instances | grep -q edited'
+run sh -c 'echo INSTANCES_ADDRESS_SETS=host,web,db >/etc/default/instances'
+until_true 5 "another setting" nft list set inet instances db.v4.instance
+run rm /etc/instances/firewall.nft
+until_true 5 "the end of its table" sh -c '! nft list table inet instances'
+guest_is guarded
+
+step "nftables.service is restarted"
+run systemctl restart nftables.service
+until_true 5 "the guard" sh -c "$guard"
+guest_is guarded
+
+step "somebody empties the guard's table and deletes the names: within a minute they are back"
+run nft flush table bridge instances
+run rm /var/lib/misc/instances.hosts.d/instances.hosts
+until_true 75 "the guard" sh -c "$guard"
+until_true 5 "the names" sh -c "$name"
+guest_is guarded
+
+step "a broken registry, and its mending"
+run sh -c 'cd /var/lib/misc && cp -p instances.json whole && echo { >instances.json && touch instances.updated'
+told 'mend it'
+guest_is guarded
+run sh -c 'cd /var/lib/misc && mv whole instances.json'
+until_true 20 "the update" sh -c '[ ! -e /var/lib/misc/instances.updated ]'
+works
+
+step "one more command after each run, outside of the unit's limits"
+run mkdir -p /etc/systemd/system/instances.service.d
+run sh -c 'printf "%s\n" "[Service]" "ExecStartPost=+/bin/sh -c \"systemctl is-active dnsmasq >/etc/more\"" \
+    >/etc/systemd/system/instances.service.d/more.conf'
+run systemctl daemon-reload
+run systemctl start instances.service
+run grep -qx active /etc/more || fail "ExecStartPost=+"
+
+step "its second boot, with a broken rule file: the guard is there before the guest, and the guest all the same"
+run sh -c 'echo "table {" >/etc/instances/broken.nft'
+told 'broken.nft: not loaded'
+halt
+boot || fail "it does not boot again"
+told 'broken.nft: not loaded'
+until_true 20 "the guest" sh -c '[ "$(wc -l </run/guest)" -ge 4 ]'
+[ "$(run head -n 1 /run/guest)" = guarded ] || fail "the guest's first frame came before the guard"
+guest_is guarded
+not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for each other"
+run rm /etc/instances/broken.nft
+works
+
+step "uninstalled by the README of examples/systemd: nothing is left"
+sed -n '/^To undo it/,$p' "$top/examples/systemd/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/undoing"
+run sh -euc "$(cat "$folder/undoing")" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }
+[ -z "$(run systemctl list-unit-files --no-legend 'instances*')" ] || fail "units are left"
+[ -z "$(run nft list tables)" ] || fail "tables are left"
+[ -z "$(run find /run /etc /usr/local -name '*instances*' -not -path '*/root/*')" ] || fail "files are left"
+guest_is open
+halt
+step "as expected"
