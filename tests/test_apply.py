@@ -313,7 +313,7 @@ def test_broken_rule_file_keeps_what_it_made_and_no_other_out(applied):
         assert "10.83.0.11" not in applied.host.run("nft", "list", "table", "bridge", "instances").stdout
         assert "web.instance.internal" in applied.hosts.read_text()
     bridge.write_text(good)
-    assert applied.apply().stderr == "" and "10.83.0.11" in applied.ruleset()
+    assert applied.apply().stderr == "instances-apply: bridge.nft: loaded\n" and "10.83.0.11" in applied.ruleset()
     applied.write("broken.nft", "table inet broken {")
     applied.boot()
     assert applied.apply(check=False).returncode == 1
