@@ -19,21 +19,20 @@ if [ "${1-}" != inside ]; then
     for program in systemd-nspawn debootstrap unshare nsenter; do
         command -v "$program" >/dev/null || cannot "needs $program"
     done
-    folder='' inside=''
-    finish() {
-        status=$?
-        trap '' INT TERM
+    folder='' inside='' status=0
+    clear_up() {
+        [ -n "$folder" ] || return 0
         # the namespaces' first process goes, and all others with it, and all mounts
-        [ -z "$inside" ] || { kill -KILL "$inside" 2>/dev/null; wait "$inside" 2>/dev/null; } || true
-        if [ -n "$folder" ]; then
-            unshare --mount sh -c "mount -t cgroup2 none /sys/fs/cgroup &&
-                find '/sys/fs/cgroup/${folder##*/}' -depth -type d -exec rmdir {} +" 2>/dev/null || true
-            rm -rf --one-file-system "$folder"
-        fi
-        trap - EXIT
-        exit "$status"
+        if [ -n "$inside" ]; then kill -KILL "$inside" 2>/dev/null || true; fi
+        export group="/sys/fs/cgroup/${folder##*/}"
+        unshare --mount sh -c 'mount -t cgroup2 none /sys/fs/cgroup && for _ in $(seq 100); do
+            [ -d "$group" ] || exit 0
+            find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
+        done' || true
+        rm -rf --one-file-system "$folder"
+        folder='' inside=''
     }
-    trap finish EXIT
+    trap 'status=$?; trap "" INT TERM HUP; clear_up; trap - EXIT; exit $status' EXIT
     trap 'exit 130' INT TERM HUP
     [ $# -gt 0 ] || set -- trixie
     for release in "$@"; do
@@ -41,9 +40,10 @@ if [ "${1-}" != inside ]; then
         unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
             "$0" inside "$release" "$folder" </dev/null &
         inside=$!
-        wait "$inside" || exit $?
+        wait "$inside" || status=$?
         inside=''
-        rm -rf --one-file-system "$folder"
+        [ "$status" -eq 0 ] || exit "$status"
+        clear_up
     done
     exit 0
 fi
@@ -241,7 +241,9 @@ run mkdir -p /etc/systemd/system/instances.service.d
 run sh -c 'printf "%s\n" "[Service]" "ExecStartPost=+/bin/sh -c \"systemctl is-active dnsmasq >/etc/more\"" \
     >/etc/systemd/system/instances.service.d/more.conf'
 run systemctl daemon-reload
+listing=$(run nft -a -s -t list ruleset)
 run systemctl start instances.service
+[ "$listing" = "$(run nft -a -s -t list ruleset)" ] || fail "rules are loaded again without a change"
 run grep -qx active /etc/more || fail "ExecStartPost=+"
 
 step "its second boot, with a broken rule file: the guard is there before the guest, and the guest all the same"
