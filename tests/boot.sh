@@ -3,7 +3,7 @@
 # Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs by README.md,
 # and looks at what is in force in each case of a machine's life, while a guest asks for leases and tries an address of
 # another. As root; it changes nothing outside of the folder. BOOT_ROOT: a tar file of a minimal root, instead of
-# debootstrap. Exit status: 0 as expected, 1 not so, 77 systemd-nspawn can't boot here (1 with CI=true).
+# debootstrap. Exit status: 0 as expected, 1 not so, 77 no Debian can be made or booted here (1 with CI=true).
 # shellcheck disable=SC2016,SC2317 # commands for the machine, and a trap
 set -eu
 
@@ -62,7 +62,7 @@ else
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') ||
         cannot "apt has no Debian mirror"
     debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 ||
-        { tail -n 5 "$folder/log"; fail "debootstrap"; }
+        { tail -n 5 "$folder/log"; cannot "debootstrap failed"; }
 fi
 # README's packages wait in apt's cache for the machine, which has no network.
 sed -n '/^## Installing/,/^## /p' "$top/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/installing"
@@ -75,9 +75,9 @@ mount -t proc proc "$root/proc"
 chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     rm -f /etc/apt/apt.conf.d/docker-clean
     apt-get update
-    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc jq
+    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc
     $(grep '^apt-get install' "$folder/installing" | sed 's/install/install --download-only/')
-    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log"; fail "packages"; }
+    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log"; cannot "no packages"; }
 umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
 mkdir "$root/root/instances"
@@ -256,6 +256,7 @@ told 'broken.nft: not loaded'
 until_true 20 "the guest" sh -c '[ "$(wc -l </run/guest)" -ge 4 ]'
 [ "$(run head -n 1 /run/guest)" = guarded ] || fail "the guest's first frame came before the guard"
 guest_is guarded
+run systemd-analyze critical-chain network-pre.target | grep -q instances.service || fail "the network came before the guard"
 not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for each other"
 run rm /etc/instances/broken.nft
 works
