@@ -84,7 +84,7 @@ mkdir "$root/root/instances"
 tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
 
 # Its bridge, and a guest that is started as Incus, libvirt and LXC are: when there is a network. It asks for a lease every
-# quarter of a minute, and all the while, from its first frame, tries an address that is not its own.
+# quarter of a minute (bridge.nft drops more), and all the while, from its first frame, tries an address that is not its own.
 cat >>"$root/etc/network/interfaces" <<'END'
 auto br0
 iface br0 inet static
@@ -112,9 +112,8 @@ ip link set guest0 master br0 up
 own ip link set eth0 up
 own ip address add 10.83.0.66/24 dev eth0
 while true; do
-    for _ in \$(seq 12); do
-        if own busybox ping -q -c 1 -W 1 -I 10.83.0.66 10.83.0.1 >/dev/null 2>&1; then echo open; else echo guarded; fi
-        sleep 0.2
+    for _ in \$(seq 15); do
+        if own busybox ping -q -c 1 -W 1 -I 10.83.0.66 10.83.0.1 >/dev/null 2>&1; then echo open; sleep 1; else echo guarded; fi
     done
     if own udhcpc -f -q -n -i eth0 -s /bin/true -T 1 -t 4 -x hostname:web >/dev/null 2>&1; then echo lease; else echo none; fi
 done >/run/guest
