@@ -192,6 +192,7 @@ works() {
 
 step "its first boot"
 boot || { tail -n 5 "$folder/console"; cannot "systemd-nspawn does not boot here"; }
+until_true 20 "the guest" test -s /run/guest
 [ "$(run head -n 1 /run/guest)" = open ] || fail "the guest was never free to take another's address"
 
 step "installed by README.md: the guest gets a lease and a name, and is held to its address"
