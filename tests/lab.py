@@ -260,12 +260,13 @@ class Host(Namespace):
         rules.mkdir()
         self.example("nftables/bridge.nft").rename(rules / "bridge.nft")
         self.update("--initialize", "br0", "host")
-        settings = {"INSTANCES_SETTINGS": "/dev/null", "INSTANCES_RULES": str(rules)}
-        env = environment(self.base, RUNTIME_DIRECTORY=str(self.folder / "run"), **settings)
-        self.run(apply, env=env)
-        service = 'while sleep 0.05; do [ ! -e "$1" ] || "$2"; done'
+        settings = environment(self.base, INSTANCES_RULES=str(rules), INSTANCES_RUN=str(self.folder / "run"))
+        file = self.folder / "settings"
+        file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+        self.run(apply, file)
+        service = 'while sleep 0.05; do [ ! -e "$1" ] || "$2" "$3"; done'
         with open(self.folder / "service.log", "w") as log:
-            self.start("sh", "-c", service, "sh", f"{self.base}.updated", apply, env=env, stdout=log, stderr=log)
+            self.start("sh", "-c", service, "sh", f"{self.base}.updated", apply, file, stdout=log, stderr=log)
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
 
     def example(self, name: str) -> Path:
