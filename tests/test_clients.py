@@ -1,0 +1,198 @@
+"""Guests with the DHCP clients that people have, on a bridge whose guard was there first, as after every boot."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMS, need
+from lab import Host, run, wait_for
+
+pytestmark = pytest.mark.slow
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+NETWORKD = "/lib/systemd/systemd-networkd"
+LEASE = 120  # seconds: the shortest time that dnsmasq gives
+HOST_ADDRESSES = {"10.8": "10.83.0.1", "2001": "2001:67c:83::1", "fd83": "fd83:5eed::1"}
+HOST_ADDRESSES["fe80"] = "fe80::1266:6aff:fe4c:a1fe%eth0"
+BOTH, IPV4 = tuple(HOST_ADDRESSES), ("10.8", "fe80")
+
+# A guest's start: files of its own where clients and their hooks write, its own host name, and /sys read-only as in a
+# container, where networkd does not wait for udev. The shell stays, so that all processes end with it.
+BOOT = """\
+set -e
+for folder in etc run var/lib; do
+    mount --bind "$0/$folder" "/$folder"
+done
+mount -o remount,bind,ro /sys
+echo "${0##*-}" >/proc/sys/kernel/hostname
+mkdir -p /run/systemd
+%s &
+wait
+"""
+
+# DHCPv6 needs a link-local address that is no longer tentative; only dhclient leaves the waiting to others.
+DHCLIENT = """\
+dhclient -4 -d eth0 & {
+    until ip address show dev eth0 scope link -tentative | grep -q fe80; do
+        sleep 0.1
+    done
+    dhclient -6 -d eth0
+}"""
+
+# Each client: the kinds of addresses that its guest has, its program, its command, and what it needs in /etc.
+CLIENTS = {
+    "dhclient": (BOTH, "dhclient", DHCLIENT, {}),
+    "udhcpc": (IPV4, "udhcpc", 'udhcpc -f -i eth0 -x "hostname:$(hostname)"', {}),
+    "dhcpcd": (BOTH, "dhcpcd", "dhcpcd -B eth0", {"dhcpcd.conf": "hostname\nduid\nslaac hwaddr\n"}),
+    "networkd": (
+        BOTH,
+        NETWORKD,
+        f"SYSTEMD_LOG_TARGET=console {NETWORKD}",
+        {"systemd/network/eth0.network": "[Match]\nName=eth0\n[Network]\nDHCP=yes\n[DHCPv4]\nSendDecline=yes\n"},
+    ),
+}
+
+# What reaches the host's bridge before the guard and what is left of it for the DHCP server, by the sender, and IPv4
+# probes: an ARP request of nobody's, RFC 5227, section 1.1.
+COUNT = """\
+table bridge count {
+    set probed { type ether_addr; size 100; flags dynamic; }
+    set asked { type ether_addr; size 100; flags dynamic; }
+    set answered { type ether_addr; size 100; flags dynamic; }
+    chain before {
+        type filter hook input priority -10;
+        arp operation request arp saddr ip 0.0.0.0 update @probed { ether saddr counter }
+        udp dport { 67, 547 } update @asked { ether saddr counter }
+    }
+    chain after {
+        type filter hook input priority 20;
+        udp dport { 67, 547 } update @answered { ether saddr counter }
+    }
+}
+"""
+
+
+class ShortHost(Host):
+    """A host by the examples, with leases of that time."""
+
+    def example(self, name: str) -> Path:
+        copy = super().example(name)
+        copy.write_text(copy.read_text().replace(",12h\n", f",{LEASE}\n"))
+        return copy
+
+
+class Guest:
+    """A guest that one of the clients configures."""
+
+    def __init__(self, host: Host, name: str):
+        self.kinds, _, self.command, files = CLIENTS[name]
+        self.client = host.client(name, f"10:66:6a:4c:a1:1{list(CLIENTS).index(name)}", wait=False)
+        self.root = self.client.folder
+        for folder in ("run", "var/lib/dhcp", "var/lib/dhcpcd"):
+            (self.root / folder).mkdir(parents=True)
+        shutil.copytree("/etc", self.root / "etc", symlinks=True)
+        for path, text in {"machine-id": os.urandom(16).hex() + "\n", "resolv.conf": "", **files}.items():
+            (self.root / "etc" / path).unlink(missing_ok=True)
+            (self.root / "etc" / path).write_text(text)
+
+    def start(self) -> None:
+        """Start the system: its interface comes up, and its client runs, behind mounts of its own."""
+        self.client.run("ip", "link", "set", "eth0", "up")
+        own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        with open(self.root / "log", "a") as log:
+            command = [*own, "sh", "-c", BOOT % self.command, self.root]
+            self.process = self.client.start(*command, stdout=log, stderr=log)
+        self.started = time.time()
+
+    def cut_power(self) -> None:
+        """End the system without a word to anybody: its files stay, except /run, and its addresses are gone."""
+        self.client.stop(self.process, signal.SIGKILL)
+        wait_for(lambda: not run("ip", "netns", "pids", self.client.name).stdout, "the end of the guest's processes")
+        shutil.rmtree(self.root / "run")
+        (self.root / "run").mkdir()
+        self.client.run("ip", "link", "set", "eth0", "down")
+        self.client.run("ip", "address", "flush", "dev", "eth0")
+
+    def wait_in_use(self) -> list[str]:
+        """Wait for an address of each kind, registered with the guest's name, and for the host's answers to pings."""
+        what, addresses = f"{self.kinds} in {self.root}", self.client.addresses
+        wait_for(lambda: sorted(address[:4] for address in addresses()) == sorted(self.kinds), what)
+        wait_for(lambda: {self.client.label, *addresses()} == {*self.entry().values()}, f"{what} registered")
+        for kind in self.kinds:
+            wait_for(lambda k=kind: self.client.pings(HOST_ADDRESSES[k]), f"a ping of the host's {kind}, {what}")
+        return sorted(addresses())
+
+    def entry(self) -> dict:
+        """Return what is registered of the guest."""
+        return self.client.host.registry().get(self.client.mac, {})
+
+    def has_renewed(self) -> bool:
+        """Tell whether its leases expire later than any that were given in half a minute from its start."""
+        leases = (self.client.host.folder / "dnsmasq.br0.leases").read_text().splitlines()
+        expiry = {fields[2]: int(fields[0]) for fields in map(str.split, leases) if len(fields) > 2}
+        late = self.started + LEASE + 30
+        return all(expiry[a] > late for a in self.client.addresses() if not a.startswith("fe80"))
+
+    def counted(self) -> dict[str, int]:
+        """Return how many of its frames each of the sets has counted."""
+        listing = json.loads(self.client.host.run("nft", "-j", "list", "table", "bridge", "count").stdout)["nftables"]
+        sets = {i["set"]["name"]: i["set"].get("elem", []) for i in listing if "set" in i}
+        elements = {name: [element["elem"] for element in found] for name, found in sets.items()}
+        mine = self.client.mac
+        return {name: sum(e["counter"]["packets"] for e in es if e["val"] == mine) for name, es in elements.items()}
+
+
+@pytest.fixture(scope="module")
+def guests(tmp_path_factory):
+    """The guests whose clients this machine has, all started at once, by their clients' names."""
+    need(*PROGRAMS, "unshare")
+    machine = Path("/etc/resolv.conf").read_bytes()
+    host = ShortHost(tmp_path_factory.mktemp("clients"))
+    try:
+        host.start_guarded()
+        host.run("nft", "-f", "-", input=COUNT)
+        there = [name for name, (_, program, *_) in CLIENTS.items() if shutil.which(program, path=PATH)]
+        guests = {name: Guest(host, name) for name in there}
+        for guest in guests.values():
+            guest.start()
+        yield guests
+    finally:
+        host.close()
+    assert Path("/etc/resolv.conf").read_bytes() == machine
+
+
+@pytest.fixture(params=CLIENTS)
+def guest(request, guests):
+    need(CLIENTS[request.param][1])
+    return guests[request.param]
+
+
+def test_client_gets_registered_addresses_with_which_it_reaches_the_host(guest):
+    guest.wait_in_use()
+    print(guest.client.label, "at its first start:", guest.counted())
+
+
+@pytest.mark.parametrize("guest", ["dhcpcd", "networkd"], indirect=True)
+def test_client_with_conflict_detection_probes_its_address(guest):
+    guest.wait_in_use()
+    assert guest.counted()["probed"]
+
+
+def test_client_renews_and_keeps_its_addresses(guest):
+    addresses = guest.wait_in_use()
+    wait_for(guest.has_renewed, f"later leases in {guest.root}", LEASE)
+    assert guest.wait_in_use() == addresses
+
+
+def test_client_starts_again_with_the_same_addresses_and_no_request_is_dropped(guest):
+    addresses, before = guest.wait_in_use(), guest.counted()
+    guest.cut_power()
+    assert not guest.client.addresses()
+    guest.start()
+    assert guest.wait_in_use() == addresses
+    after = guest.counted()
+    print(guest.client.label, "at its second start:", {name: after[name] - before[name] for name in after})
+    assert after["answered"] == after["asked"] > before["asked"]
