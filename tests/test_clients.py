@@ -90,6 +90,7 @@ class Guest:
     def __init__(self, host: Host, name: str):
         self.kinds, _, self.command, files = CLIENTS[name]
         self.client = host.client(name, f"10:66:6a:4c:a1:1{list(CLIENTS).index(name)}", wait=False)
+        self.client.run("ip", "link", "set", "eth0", "down")
         self.root = self.client.folder
         for folder in ("run", "var/lib/dhcp", "var/lib/dhcpcd"):
             (self.root / folder).mkdir(parents=True)
@@ -99,8 +100,7 @@ class Guest:
             (self.root / "etc" / path).write_text(text)
 
     def start(self) -> None:
-        """Start the system: its interface comes up, and its client runs, behind mounts of its own."""
-        self.client.run("ip", "link", "set", "eth0", "up")
+        """Start the system: its client runs, behind mounts of its own, and brings the interface up."""
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with open(self.root / "log", "a") as log:
             command = [*own, "sh", "-c", BOOT % self.command, self.root]
@@ -134,7 +134,7 @@ class Guest:
         leases = (self.client.host.folder / "dnsmasq.br0.leases").read_text().splitlines()
         expiry = {fields[2]: int(fields[0]) for fields in map(str.split, leases) if len(fields) > 2}
         late = self.started + LEASE + 30
-        return all(expiry[a] > late for a in self.client.addresses() if not a.startswith("fe80"))
+        return all(expiry.get(a, 0) > late for a in self.client.addresses() if not a.startswith("fe80"))
 
     def counted(self) -> dict[str, int]:
         """Return how many of its frames each of the sets has counted."""
