@@ -57,8 +57,8 @@ def networkd(family: str) -> tuple[str, str, dict]:
 
 DHCPCD = {"dhcpcd.conf": "hostname\nduid\nslaac hwaddr\n"}
 
-# Each client for all versions that it has, and for IPv6 only, where nothing registers a guest before its DHCPv6 messages:
-# the kinds of addresses that its guest has, its program, its command, and what it needs in /etc.
+# Each client for the versions that it has, and for IPv6 only, where nothing else registers a guest before its DHCPv6
+# messages: the kinds of addresses that its guest has, its program, its command, and what it needs in /etc.
 CLIENTS = {
     "dhclient": (BOTH, "dhclient", f"dhclient -4 -d eth0 & {DHCLIENT6}", {}),
     "dhclient6": (IPV6, "dhclient", DHCLIENT6, FQDN),
