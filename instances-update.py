@@ -195,8 +195,9 @@ def assign(registry, mac, field, value):
 def register(registry, mac, ip, hostname, kind):
     """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error.
 
-    The kind is "add", "old" or "reminder". Only an "add" says that a former lease of the address is over: an "old"
-    comes also for a client that repeats another's identifier, and a reminder may be of an older lease than the last.
+    The kind is "add", "old" or "reminder". Only an "add" of IPv4 says that a former lease of the address is over:
+    dnsmasq gives whoever asks by DHCPv6 Rebind any address of the prefix, another's or the host's, and whoever repeats
+    another's DUID can end its lease. An "old" comes for that, too, and a reminder may be of a lease before the last.
     """
     field, address = parse_address(ip)
     changes, warnings = [], []
@@ -210,7 +211,7 @@ def register(registry, mac, ip, hostname, kind):
     others = [other for other in holders(registry, field, address) if other != mac]
     if field not in LEASED:
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
-    elif others and kind != "add":
+    elif others and not (kind == "add" and field == "ipv4"):
         warnings.append(f"{mac}: {address} is not registered, {others[0]} has it")
     elif kind == "reminder" and instance.get(field) not in (None, "", address):
         warnings.append(f"{mac} keeps {instance[field]}: {address} is not registered")

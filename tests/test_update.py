@@ -137,6 +137,15 @@ def test_old_takes_no_address_from_another_and_says_who_has_it(base, address, ot
     assert read(base)[MAC][field] == address and field not in read(base)["10:66:6a:4c:a1:13"]
 
 
+@pytest.mark.parametrize("address", ["fd83:5eed::11", "2001:67c:83::11"])
+def test_add_takes_no_ipv6_address_from_another(base, address):
+    run(base, "add", MAC, address, "web", DNSMASQ_MAC=MAC)
+    before = read(base)[MAC]
+    result = run(base, "add", OTHER, address, "db", DNSMASQ_MAC=OTHER)
+    assert result.returncode == 0 and f"{address} is not registered, {MAC} has it" in result.stderr
+    assert read(base)[MAC] == before and address not in read(base)[OTHER].values()
+
+
 @pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
 def test_old_sets_an_address_that_nobody_has(base, address, other_address, field):
     run(base, "add", MAC, address, DNSMASQ_MAC=MAC)
