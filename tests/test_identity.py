@@ -1,0 +1,535 @@
+"""Attacks on who a guest is: nobody joins as somebody else, and nobody loses an address to another.
+
+Attackers whose own kernel is silent send what no kernel would, one with leases of its own and one that is not
+registered: first without what stops it, where its effect is seen, and then with it, where it has none.
+"""
+
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMS, need
+from lab import HOST_MAC, UPDATE, Host, wait_for
+
+scapy = pytest.importorskip("scapy.all")
+pytestmark = pytest.mark.slow
+ATTACKERS = ["registered", "unregistered"]
+HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
+EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"
+SNIFFER = """\
+import socket
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+s.bind(("eth0", 0))
+while True:
+    print(s.recv(2000).hex(), flush=True)
+"""
+
+
+def link_local(mac: str) -> str:
+    """Return the link-local address made from a MAC address."""
+    return scapy.in6_ptop("fe80::" + scapy.in6_mactoifaceid(mac))
+
+
+def octets(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+class Bridge:
+    """A guarded host whose bridge has a victim with leases, and two silent attackers, with leases and without."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        host.set("net/ipv4/ip_forward", "1")
+        host.set("net/ipv6/conf/all/forwarding", "1")
+        # The bridge forgets who joined a multicast group, and who queried, in one second and two, not in four minutes
+        for interval in (("mcast_membership_interval", "100"), ("mcast_querier_interval", "200")):
+            host.run("ip", "link", "set", "br0", "type", "bridge", *interval)
+        host.start_guarded()
+        names = ("victim", "registered", "unregistered")
+        self.victim, self.registered, self.unregistered = clients = [
+            host.client(name, f"10:66:6a:4c:a1:1{number}") for number, name in enumerate(names)
+        ]
+        self.lease4 = self.victim.dhcp4("victim")
+        self.victim.dhcp6("victim")
+        for process in (self.registered.dhcp4("registered"), self.registered.dhcp6("registered")):
+            self.registered.stop(process, signal.SIGKILL)
+        for client in clients[1:]:
+            client.set("net/ipv6/conf/eth0/disable_ipv6", "1")
+            client.run("ip", "address", "flush", "dev", "eth0")
+            client.run("ip", "link", "set", "eth0", "arp", "off")
+        self.rules, self.leases = host.folder / "rules" / "bridge.nft", host.folder / "dnsmasq.br0.leases"
+        self.text, self.config = self.rules.read_text(), (host.folder / "br0.conf").read_text()
+        self.was, self.registry = self.leases.read_text(), host.registry()
+        self.server_duid = octets(re.search("^duid (.*)$", self.was, re.MULTILINE)[1])
+        rows = [line.split() for line in self.was.splitlines()]
+        self.own = {k: v for k, v in self.registry[self.victim.mac].items() if k != "name"}
+        self.addresses6 = [self.own["ipv6_gua"], self.own["ipv6_ula"]]
+        self.iaid, self.duid = next((int(r[1]), octets(r[4])) for r in rows if r[2:3] == self.addresses6[:1])
+
+    def settle(self) -> None:
+        """Wait until the service has done its work."""
+        applied = self.host.folder / "run" / "instances.applied"
+        wait_for(lambda: not Path(f"{self.host.base}.updated").exists() and applied.exists(), "the service")
+
+    def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
+        """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
+        host = self.host
+        host.stop(host.dnsmasq)
+
+        def running():  # dnsmasq's helper, which still runs the script
+            pids = host.run("ip", "netns", "pids", host.name).stdout.split()
+            return any(Path(f"/proc/{p}/comm").read_text() == "dnsmasq\n" for p in pids if Path(f"/proc/{p}").exists())
+
+        wait_for(lambda: not running(), "the end of dnsmasq")
+        self.settle()
+        self.expected = leases or self.was
+        self.leases.write_text(self.expected)
+        Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
+        self.rules.write_text(self.text if guard else "")
+        for table in ("instances", "instances_asked"):
+            host.run("nft", "delete", "table", "bridge", table, check=False)
+        Path(f"{host.base}.updated").touch()
+        self.settle()
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        assert f"\n{option}\n" in self.config + "\n\n"
+        config = host.folder / "now.conf"
+        config.write_text(self.config.replace(f"\n{option}\n", "\n", 1).replace(str(UPDATE), str(script)))
+        self.told = len(host.log.read_text())
+        host.start_dnsmasq(config=config)
+
+    def log(self) -> str:
+        """Return what dnsmasq has logged since all was put back."""
+        return self.host.log.read_text()[self.told :]
+
+    def harm(self, attacker) -> list[str]:
+        """Return what is not as it was, but for the attacker's own entry and leases."""
+        now = self.host.registry()
+        found = [
+            f"{m}: {now.get(m)}" for m in {*now, *self.registry} - {attacker.mac} if now.get(m) != self.registry.get(m)
+        ]
+        others = {a for m, i in self.registry.items() if m != attacker.mac for a in i.values()}
+        found += [f"stolen: {a}" for a in others.intersection(now.get(attacker.mac, {}).values()) if a]
+        # Of a lease: who has it, and when it ends at the earliest
+        leases = {
+            tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.leases.read_text().splitlines()) if w[4:]
+        }
+        before = {tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.expected.splitlines()) if w[4:]}
+        found += [f"ends early: {k}" for k, end in before.items() if leases.get(k, 0) < end]
+        found += [f"new: {k}" for k in {*leases} - {*before} if ":" in k[0] and k[0] != attacker.mac]
+        learnt = self.host.neighbour(link_local(attacker.mac))
+        return found + ([f"neighbour: {learnt}"] if learnt not in ("", attacker.mac) else [])
+
+    def victim_is_well(self) -> None:
+        """Check that the victim pings and renews its leases."""
+        for address in (HOST4, HOST6, "fd83:5eed::1"):
+            wait_for(lambda a=address: self.victim.pings(a), f"a ping of {address}")
+        renewals = self.victim.events().count("renew 10.83")
+        self.lease4.send_signal(signal.SIGUSR1)
+        wait_for(lambda: self.victim.events().count("renew 10.83") > renewals, "a renewal over IPv4")
+        self.victim.send(bytes(solicitation(self.victim, 133)), bytes(dhcp6(self, self.victim, scapy.DHCP6_Renew)))
+        wait_for(
+            lambda: f"DHCPREPLY(br0) {self.addresses6[0]} {self.duid.hex(':')}" in self.log(), "a renewal over IPv6"
+        )
+
+    def is_dropped(self, chain: str, attacker, *frames) -> None:
+        """Send frames, and wait until a chain has dropped as many."""
+        before = self.host.dropped(chain)
+        attacker.send(*map(bytes, frames))
+        wait_for(lambda: self.host.dropped(chain) >= before + len(frames), f"drops by {chain}")
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    need(*PROGRAMS)
+    host = Host(tmp_path_factory.mktemp("identity"))
+    try:
+        yield Bridge(host)
+    finally:
+        host.close()
+
+
+def bootp(attacker, kind, *options, chaddr="", hlen=6, **fields):
+    """Return a client's DHCP message."""
+    ip = scapy.Ether(src=attacker.mac, dst=EVERYONE) / scapy.IP(src="0.0.0.0", dst="255.255.255.255")
+    message = scapy.BOOTP(hlen=hlen, chaddr=octets(chaddr or attacker.mac), xid=0xABADCAFE, **fields)
+    kind = [("message-type", kind)] if kind else []
+    return ip / scapy.UDP(sport=68, dport=67) / message / scapy.DHCP(options=[*kind, *options, "end"])
+
+
+def take(attacker, address, **fields):
+    """Return a DHCP request that gives up the sender's other lease for this address."""
+    return bootp(attacker, "request", ("server_id", HOST4), ("requested_addr", address), **fields)
+
+
+def dhcp6(bridge, attacker, message, *options, duid=b"", addresses=None, times=0, server=True, **fields):
+    """Return a client's DHCPv6 message: with the victim's DUID, identity association and addresses, unless given."""
+    ip = scapy.Ether(src=attacker.mac, dst=SERVERS) / scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1:2")
+    packet = ip / scapy.UDP(sport=546, dport=547) / message(trid=7, **fields)
+    packet /= scapy.DHCP6OptClientId(duid=scapy.Raw(duid or bridge.duid))
+    if server and message not in (scapy.DHCP6_Solicit, scapy.DHCP6_Rebind):
+        packet /= scapy.DHCP6OptServerId(duid=scapy.Raw(bridge.server_duid))
+    for option in options:
+        packet /= option
+    wanted = bridge.addresses6 if addresses is None else addresses
+    listed = [scapy.DHCP6OptIAAddress(addr=a, preflft=times, validlft=times) for a in wanted]
+    return packet / scapy.DHCP6OptIA_NA(iaid=bridge.iaid, T1=0, T2=0, ianaopts=listed)
+
+
+def own_duid(attacker) -> bytes:
+    """Return a DUID that is nobody else's."""
+    return b"\0\3\0\1" + octets(attacker.mac)
+
+
+def solicitation(attacker, kind, lladdr="", before=b""):
+    """Return a router or neighbour solicitation (133, 135) or advertisement (136) with a link-layer address option."""
+    own = link_local(attacker.mac)
+    ether = scapy.Ether(src=attacker.mac, dst={133: ROUTERS, 135: HOST_MAC, 136: NODES}[kind])
+    ip = ether / scapy.IPv6(src=own, dst={133: "ff02::2", 135: HOST_LLA, 136: "ff02::1"}[kind], hlim=255)
+    message = {
+        133: scapy.ICMPv6ND_RS(),
+        135: scapy.ICMPv6ND_NS(tgt=HOST_LLA),
+        136: scapy.ICMPv6ND_NA(tgt=own, R=0, S=0, O=1),
+    }[kind]
+    option = bytes([2 if kind == 136 else 1, 1]) + octets(lladdr or attacker.mac)
+    return ip / message / scapy.Raw(before + option)
+
+
+def relayed(bridge, attacker):
+    """Return what a relay agent sends for a client that has the host's MAC address, as it says (RFC 6939)."""
+    inner = bytes(
+        dhcp6(
+            bridge, attacker, scapy.DHCP6_Solicit, scapy.DHCP6OptRapidCommit(), duid=b"\0\3\0\1relayed", addresses=[]
+        )[scapy.DHCP6_Solicit]
+    )
+    ip = scapy.Ether(src=attacker.mac, dst=SERVERS) / scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1:2")
+    packet = (
+        ip
+        / scapy.UDP(sport=546, dport=547)
+        / scapy.DHCP6_RelayForward(linkaddr=HOST6, peeraddr=link_local(bridge.host.mac))
+    )
+    return packet / scapy.Raw(
+        b"\0\x4f\0\x08\0\1" + octets(bridge.host.mac) + b"\0\x09" + len(inner).to_bytes(2, "big") + inner
+    )
+
+
+NONCE = b"\x0e\1nonce!"
+DROPPED = {  # by instances_drop_dhcp
+    "chaddr of the victim": lambda b, a: take(a, "10.83.0.150", chaddr=b.victim.mac),
+    "chaddr of the host": lambda b, a: take(a, "10.83.0.151", chaddr=HOST_MAC),
+    "chaddr of nobody": lambda b, a: take(a, "10.83.0.152", chaddr="10:66:6a:4c:a1:99"),
+    "hardware length 16": lambda b, a: take(a, "10.83.0.153", chaddr=a.mac + ":00" * 10, hlen=16),
+    "option overload": lambda b, a: take(a, "10.83.0.154", chaddr=b.victim.mac, file=b"\x0c\4evil\xff"),
+    "Release": lambda b, a: bootp(a, "release", ("server_id", HOST4), chaddr=b.victim.mac, ciaddr=b.own["ipv4"]),
+    "Decline": lambda b, a: bootp(
+        a, "decline", ("server_id", HOST4), ("requested_addr", b.own["ipv4"]), chaddr=b.victim.mac
+    ),
+    "Release, IPv6": lambda b, a: dhcp6(b, a, scapy.DHCP6_Release),
+    "Decline, IPv6": lambda b, a: dhcp6(b, a, scapy.DHCP6_Decline),
+    "Relay-forward": lambda b, a: relayed(b, a),
+}
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+@pytest.mark.parametrize("attack", DROPPED)
+def test_message_in_the_name_of_another_is_dropped(bridge, attack, who):
+    attacker = getattr(bridge, who)
+    frame = bytes(DROPPED[attack](bridge, attacker))
+    bridge.reset(guard=False)
+    wait_for(lambda: attacker.send(frame) or bridge.harm(attacker), "an effect without the guard")
+    bridge.reset()
+    bridge.is_dropped("instances_drop_dhcp", attacker, frame)
+    assert not bridge.harm(attacker)
+    bridge.victim_is_well()
+
+
+def test_made_up_hardware_addresses_make_no_instance(bridge):
+    attacker = bridge.unregistered
+    frames = [take(attacker, f"10.83.0.1{n}", chaddr=f"10:66:6a:4c:c0:{n}") for n in range(20, 60)]
+    bridge.reset(guard=False)
+    attacker.send(*map(bytes, frames))
+    wait_for(lambda: len(bridge.host.registry()) >= len(bridge.registry) + 40, "forty more instances without the guard")
+    bridge.reset()
+    bridge.is_dropped("instances_drop_dhcp", attacker, *frames)
+    assert not bridge.harm(attacker)
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_link_layer_option_with_the_address_of_another_is_not_believed(bridge, who):
+    """In a router or neighbour solicitation or an advertisement (133, 135, 136), also behind a nonce option."""
+    attacker, host = getattr(bridge, who), bridge.host
+    rows = [(k, m, n) for k in (133, 135, 136) for m in (bridge.victim.mac, HOST_MAC) for n in (b"", NONCE)]
+    honest = bytes(solicitation(attacker, 133))
+    own = link_local(attacker.mac)
+    bridge.reset(guard=False)
+    for row in rows:
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        frame = bytes(solicitation(attacker, *row))
+        wait_for(lambda f=frame, m=row[1]: attacker.send(honest, f) or host.neighbour(own) == m, "an effect")
+    bridge.reset()
+    for row in rows:
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        bridge.is_dropped("instances_drop_lladdr", attacker, solicitation(attacker, *row))
+        assert not bridge.harm(attacker)
+        wait_for(lambda: attacker.send(honest) or host.neighbour(own) == attacker.mac, "its own address to be believed")
+    bridge.victim_is_well()
+
+
+FORGED = {  # what the registry itself does not believe, as dnsmasq does
+    "Solicit with rapid commit": lambda b, a: dhcp6(b, a, scapy.DHCP6_Solicit, scapy.DHCP6OptRapidCommit()),
+    "Request": lambda b, a: dhcp6(b, a, scapy.DHCP6_Request),
+    "Renew": lambda b, a: dhcp6(b, a, scapy.DHCP6_Renew),
+    "Rebind": lambda b, a: dhcp6(b, a, scapy.DHCP6_Rebind),
+    "Rebind with a DUID of its own": lambda b, a: dhcp6(b, a, scapy.DHCP6_Rebind, duid=own_duid(a)),
+    "Rebind of the host's address": lambda b, a: dhcp6(
+        b, a, scapy.DHCP6_Rebind, duid=own_duid(a), addresses=[HOST6, "fd83:5eed::1"]
+    ),
+}
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+@pytest.mark.parametrize("attack", FORGED)
+def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
+    attacker, script = getattr(bridge, who), bridge.host.folder / "credulous.py"
+    text, count = re.subn('elif (others|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
+    assert count == 2
+    script.write_text(text)
+    script.chmod(0o755)
+    frames = solicitation(attacker, 133), FORGED[attack](bridge, attacker)
+    for believed in (script, UPDATE):
+        bridge.reset(script=believed)
+        attacker.send(bytes(frames[0]))
+        wait_for(lambda: bridge.host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
+        attacker.send(bytes(frames[1]))
+        wait_for(lambda: bridge.harm(attacker) or "has it" in bridge.log(), "an effect")
+        if believed == script:
+            assert [h for h in bridge.harm(attacker) if "stolen" in h]
+    wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
+    assert not bridge.harm(attacker)
+    bridge.victim_is_well()
+
+
+def test_address_whose_lease_was_ended_by_another_is_not_registered(bridge):
+    """Whoever repeats a DUID can have its lease end in two minutes: that is not waited for, but written."""
+    attacker = bridge.unregistered
+    ended = "".join(line for line in bridge.was.splitlines(True) if f" {bridge.iaid} " not in line)
+    bridge.reset(leases=ended)
+    attacker.send(bytes(solicitation(attacker, 133)))
+    wait_for(lambda: bridge.host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
+    attacker.send(bytes(dhcp6(bridge, attacker, scapy.DHCP6_Request, duid=own_duid(attacker))))
+    wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
+    assert not bridge.harm(attacker)
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_client_identifier_of_another_gets_nothing(bridge, who):
+    attacker = getattr(bridge, who)
+    identifier = ("client_id", b"\1" + octets(bridge.victim.mac))
+    frame = bytes(bootp(attacker, "request", ("requested_addr", bridge.own["ipv4"]), identifier))
+    honest = bytes(bootp(bridge.victim, "request", ("requested_addr", bridge.own["ipv4"]), identifier))
+    for option in ("dhcp-ignore-clid", ""):
+        bridge.reset(option=option)
+        bridge.victim.send(honest)
+        wait_for(lambda: f"DHCPACK(br0) {bridge.own['ipv4']} {bridge.victim.mac}" in bridge.log(), "the victim's lease")
+        attacker.send(frame)
+        what = "NAK" if option == "" else "ACK"
+        wait_for(lambda w=what: f"DHCP{w}(br0) {bridge.own['ipv4']} {attacker.mac}" in bridge.log(), f"a DHCP{what}")
+    assert not bridge.harm(attacker)
+    bridge.victim_is_well()
+
+
+@pytest.fixture
+def sniffer(bridge):
+    """A file with all frames that come to the victim, a line each."""
+    path = bridge.host.folder / "heard"
+    with open(path, "w") as file:
+        process = bridge.victim.start(sys.executable, "-c", SNIFFER, stdout=file)
+        yield path
+    bridge.victim.stop(process, signal.SIGKILL)
+
+
+def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
+    """Return a UDP datagram to the victim."""
+    ip = scapy.IPv6 if ":" in destination else scapy.IP
+    return scapy.Ether(src=mac or attacker.mac) / ip(src=source, dst=destination) / scapy.UDP(sport=sport, dport=dport)
+
+
+def headless(bridge, attacker):
+    """Return a first fragment that ends before its upper layer's header."""
+    ip = scapy.Ether(src=attacker.mac) / scapy.IPv6(
+        src=bridge.registry[attacker.mac]["ipv6_gua"], dst=bridge.addresses6[0]
+    )
+    return ip / scapy.IPv6ExtHdrFragment(nh=60, offset=0, m=1) / scapy.IPv6ExtHdrDestOpt(nh=17)
+
+
+TWIN = "12:66:6a:4c:a1:10"  # differs from the victim's MAC address in the bit that a link-local address has flipped
+BOTH, LEASED, NEW = ATTACKERS, ["registered"], ["unregistered"]
+STRAY = {  # what: (from whom, chain, frame)
+    "UDP from 0.0.0.0": (BOTH, "instances_drop_ip", lambda b, a: datagram(a, "0.0.0.0", b.own["ipv4"])),
+    "UDP from 0.0.0.0 to all": (BOTH, "instances_drop_ip", lambda b, a: datagram(a, "0.0.0.0", "255.255.255.255")),
+    "UDP from ::": (BOTH, "instances_drop_ip6", lambda b, a: datagram(a, "::", b.addresses6[0])),
+    "UDP to ff02::1:2, another port": (
+        NEW,
+        "instances_drop_new",
+        lambda b, a: datagram(a, link_local(a.mac), "ff02::1:2", 546, 548),
+    ),
+    "UDP to ff02::1:2, from another port": (
+        NEW,
+        "instances_drop_new",
+        lambda b, a: datagram(a, link_local(a.mac), "ff02::1:2", 548, 547),
+    ),
+    "neighbour solicitation": (NEW, "instances_drop_new", lambda b, a: solicitation(a, 135)),
+    "first fragment without a header": (LEASED, "instances_drop_rogue", headless),
+    "link-local address of a twin": (
+        BOTH,
+        "instances_drop_ip6",
+        lambda b, a: datagram(a, b.own["ipv6_lla"], b.addresses6[0], mac=TWIN),
+    ),
+    "advertisement of a twin": (
+        BOTH,
+        "instances_drop_ndp",
+        lambda b, a: (
+            scapy.Ether(src=TWIN)
+            / scapy.IPv6(src=link_local(TWIN), dst=b.addresses6[0], hlim=255)
+            / scapy.ICMPv6ND_NA(tgt=b.own["ipv6_lla"])
+            / scapy.ICMPv6NDOptDstLLAddr(lladdr=TWIN)
+        ),
+    ),
+    "answer of a DHCP server": (
+        LEASED,
+        "instances_drop_rogue",
+        lambda b, a: datagram(a, b.registry[a.mac]["ipv4"], b.own["ipv4"], 6767, 68),
+    ),
+    "answer of a DHCPv6 server": (
+        LEASED,
+        "instances_drop_rogue",
+        lambda b, a: datagram(a, link_local(a.mac), b.own["ipv6_lla"], 6547, 546),
+    ),
+    "DHCP for another guest to hear": (BOTH, "forward", lambda b, a: bootp(a, "discover")),
+    "DHCPv6 for another guest to hear": (BOTH, "forward", lambda b, a: dhcp6(b, a, scapy.DHCP6_Solicit)),
+    "VLAN tag": (
+        BOTH,
+        "prerouting",
+        lambda b, a: scapy.Ether(src=a.mac) / scapy.Dot1Q(vlan=0) / datagram(a, "::", b.addresses6[0]).payload,
+    ),
+    "802.3 frame": (
+        BOTH,
+        "guard",
+        lambda b, a: (
+            scapy.Dot3(src=a.mac)
+            / scapy.LLC(dsap=0xAA, ssap=0xAA, ctrl=3)
+            / scapy.SNAP(code=0x800)
+            / datagram(a, "10.83.0.66", b.own["ipv4"]).payload
+        ),
+    ),
+    "RARP": (BOTH, "guard", lambda b, a: scapy.Ether(src=a.mac, type=0x8035) / scapy.ARP(op=4, psrc=b.own["ipv4"])),
+    "ARP with addresses of other lengths": (
+        BOTH,
+        "instances_drop_arp",
+        lambda b, a: (
+            scapy.Ether(src=a.mac, type=0x806) / scapy.Raw(b"\0\1\x08\0\x08\4\0\2" + octets(b.victim.mac) + bytes(18))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_stray_frame_does_not_arrive(bridge, sniffer, who):
+    attacker = getattr(bridge, who)
+    rows = {what: (chain, make(bridge, attacker)) for what, (senders, chain, make) in STRAY.items() if who in senders}
+    for guard in (False, True):
+        bridge.reset(guard)
+        begin = sniffer.stat().st_size
+        for what, (chain, frame) in rows.items():
+            if chain != "forward":
+                frame.dst = bridge.victim.mac
+            text = bytes(frame)[18:].hex()  # without its Ethernet header and VLAN tag
+
+            def heard(text=text, begin=begin):
+                return text in sniffer.read_text()[begin:]
+
+            if guard:
+                bridge.is_dropped(chain, attacker, frame)
+                assert not heard(), what
+            else:
+                wait_for(lambda f=bytes(frame), h=heard: attacker.send(f) or h(), f"{what} to arrive")
+    bridge.victim_is_well()
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_relay_agents_address_is_answered_by_nothing(bridge, who):
+    attacker = getattr(bridge, who)
+    frame = bytes(bootp(attacker, "discover", giaddr=bridge.own["ipv4"]))
+    bridge.reset(guard=False)
+    wait_for(lambda: attacker.send(frame) or "DHCPOFFER" in bridge.log(), "an offer to the victim")
+    bridge.reset()
+    bridge.is_dropped("instances_drop_dhcp", attacker, frame)
+    assert "DHCPOFFER" not in bridge.log()
+
+
+def test_multicast_query_makes_the_bridge_send_solicitations_to_nobody(bridge):
+    """A bridge that hears a query that the guests do not hear sends multicast only to those who joined lately."""
+    attacker, host = bridge.unregistered, bridge.host
+    ip = scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1", hlim=1)
+    query = ip / scapy.IPv6ExtHdrHopByHop(options=[scapy.RouterAlert()]) / scapy.ICMPv6MLQuery(mrd=1)
+    frames = [scapy.Ether(src=attacker.mac, dst=NODES) / tag / query for tag in (scapy.Dot1Q(vlan=0),)]
+    frames.append(scapy.Ether(src=attacker.mac, dst=NODES) / query)
+
+    def reached():
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        return host.run("ping", "-c", "1", "-W", "2", bridge.addresses6[0], check=False).returncode == 0
+
+    before_the_bridge = "table bridge instances { chain prerouting { type filter hook prerouting priority 0; }; }"
+    for stopped in (True, False):
+        bridge.reset()
+        if not stopped:
+            host.run("nft", f"flush chain bridge instances prerouting; {before_the_bridge}")
+        # All groups were joined longer ago than the bridge remembers, and nobody has queried
+        for state in ("0", "1"):
+            host.run("ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", state)
+        wait_for(reached, "the victim to be reached")
+        if stopped:
+            bridge.is_dropped("prerouting", attacker, *frames)
+            assert reached()
+        else:
+            wait_for(lambda: attacker.send(*map(bytes, frames)) or not reached(), "a victim that is not reached")
+    wait_for(reached, "the query to be forgotten")
+
+
+def test_listing_of_what_has_been_in_use_loads_again_and_lists_the_same(bridge):
+    bridge.reset()
+    bridge.victim_is_well()
+    for attacker in (bridge.registered, bridge.unregistered):
+        attacker.send(bytes(solicitation(attacker, 133)), bytes(datagram(attacker, "::", bridge.addresses6[0])))
+        bridge.is_dropped("instances_drop_dhcp", attacker, take(attacker, "10.83.0.150", chaddr=HOST_MAC))
+    saved = bridge.host.run("nft", "list", "ruleset").stdout
+    for name in ("instances_same_mac", "instances_same_eui64", "instances_dropped", "asked"):
+        assert re.search(f"set {name} {{[^}}]*elements = ", saved), name
+    bridge.unregistered.run("nft", "-f", "-", input=saved)
+    try:
+        loaded = re.sub(r"expires \w+", "expires", bridge.unregistered.run("nft", "list", "ruleset").stdout)
+        assert loaded == re.sub(r"expires \w+", "expires", saved)
+    finally:
+        bridge.unregistered.run("nft", "flush", "ruleset")
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_sender_of_what_was_dropped_is_named_and_counted_also_when_the_set_is_full(bridge, who):
+    attacker, host = getattr(bridge, who), bridge.host
+    frame = take(attacker, "10.83.0.150", chaddr=HOST_MAC)
+    bridge.reset()
+
+    def named():
+        listing = host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+        return dict(re.findall(r"((?:\w\w:){5}\w\w) counter packets (\d+)", listing))
+
+    assert attacker.mac not in named()
+    bridge.is_dropped("instances_drop_dhcp", attacker, *[frame] * 3)
+    assert int(named()[attacker.mac]) >= 3
+    others = ", ".join(f"02:00:00:00:{n >> 8:02x}:{n & 255:02x}" for n in range(65536))
+    host.run("nft", "flush set bridge instances instances_dropped")
+    host.run("nft", "-f", "-", input=f"add element bridge instances instances_dropped {{ {others} }}")
+    bridge.is_dropped("instances_drop_dhcp", attacker, *[frame] * 3)
+    assert attacker.mac not in named() and not bridge.harm(attacker)
