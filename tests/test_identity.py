@@ -8,7 +8,10 @@ import json
 import re
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAMS, need
@@ -117,7 +120,7 @@ class Bridge:
             tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.leases.read_text().splitlines()) if w[4:]
         }
         before = {tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.expected.splitlines()) if w[4:]}
-        found += [f"ends early: {k}" for k, end in before.items() if leases.get(k, 0) < end]
+        found += [f"ends early: {k}" for k, end in before.items() if leases.get(k, 0) < end and k[0] != attacker.mac]
         found += [f"new: {k}" for k in {*leases} - {*before} if ":" in k[0] and k[0] != attacker.mac]
         learnt = self.host.neighbour(link_local(attacker.mac))
         return found + ([f"neighbour: {learnt}"] if learnt not in ("", attacker.mac) else [])
@@ -515,9 +518,8 @@ def test_listing_of_what_has_been_in_use_loads_again_and_lists_the_same(bridge):
         bridge.unregistered.run("nft", "flush", "ruleset")
 
 
-@pytest.mark.parametrize("who", ATTACKERS)
-def test_sender_of_what_was_dropped_is_named_and_counted_also_when_the_set_is_full(bridge, who):
-    attacker, host = getattr(bridge, who), bridge.host
+def test_sender_of_what_was_dropped_is_named_and_counted_but_not_let_through_when_the_set_is_full(bridge):
+    attacker, host = bridge.unregistered, bridge.host
     frame = take(attacker, "10.83.0.150", chaddr=HOST_MAC)
     bridge.reset()
 
@@ -533,3 +535,91 @@ def test_sender_of_what_was_dropped_is_named_and_counted_also_when_the_set_is_fu
     host.run("nft", "-f", "-", input=f"add element bridge instances instances_dropped {{ {others} }}")
     bridge.is_dropped("instances_drop_dhcp", attacker, *[frame] * 3)
     assert attacker.mac not in named() and not bridge.harm(attacker)
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_guest_that_calls_itself_like_another_does_not_answer_for_the_name(bridge, who):
+    attacker, host = getattr(bridge, who), bridge.host
+    name, request = b"victim", ("requested_addr", "10.83.0.160")
+    frames = [bytes(bootp(attacker, "request", ("server_id", HOST4), request, ("hostname", name)))]
+    fqdn = scapy.DHCP6OptClientFQDN(fqdn=name.decode() + ".", flags="S")
+    frames += [bytes(solicitation(attacker, 133))]
+    frames += [bytes(dhcp6(bridge, attacker, scapy.DHCP6_Request, fqdn, duid=own_duid(attacker), addresses=[]))]
+    names = {"victim": (), "victim.instance.internal": (bridge.own["ipv4"], *bridge.addresses6)}
+
+    def answers(name):
+        return {*bridge.victim.resolve(name, "A"), *bridge.victim.resolve(name, "AAAA")}
+
+    for option in ("dhcp-fqdn", ""):
+        bridge.reset(option=option)
+        attacker.send(*frames)
+        wait_for(lambda: bridge.log().count("instances-update.py: " + attacker.mac) >= 2, "its leases")
+        if option:
+            wait_for(lambda: "10.83.0.160" in answers("victim"), "the attacker's address for the plain name")
+    assert "10.83.0.160" in answers("victim.lease.instance.internal")
+    for name, expected in names.items():
+        assert answers(name) == set(expected), name
+    assert not bridge.harm(attacker)
+    assert host.registry()[attacker.mac]["name"] == bridge.registry.get(attacker.mac, {"name": ""})["name"]
+
+
+HOSTILE = [b"a b", b"x\n10.83.0.1 host", b"-", b"$(id)", b'a"b', b"\xff\xfe", b"a" * 64, b"*", b"host", b"Victim"]
+
+
+def test_hostile_host_name_is_left_out(bridge):
+    bridge.reset()
+    for number, name in enumerate(HOSTILE):
+        guest = SimpleNamespace(mac=f"10:66:6a:4c:e0:0{number}")
+        options = ("server_id", HOST4), ("requested_addr", f"10.83.0.16{number}"), ("hostname", name)
+        bridge.unregistered.send(bytes(bootp(guest, "request", *options)))
+
+    def named():
+        return {m: i["name"] for m, i in bridge.host.registry().items() if m.startswith("10:66:6a:4c:e0:")}
+
+    wait_for(lambda: len(named()) == len(HOSTILE), "their leases")
+    assert set(named().values()) == {""}
+    wait_for(lambda: bridge.victim.resolve("host.v4.instance.internal", "A") == [HOST4], "the host's own name")
+
+
+def test_flood_of_requests_delays_nobody_and_is_counted_on_when_the_guard_is_loaded_again(bridge):
+    attacker, host = bridge.registered, bridge.host
+    frames = [bytes(bootp(attacker, "discover"))] * 1000
+
+    def joins(number):
+        """Return how many seconds a new guest takes to its leases of both versions."""
+        guest = host.client(f"new{number}", f"10:66:6a:4c:d0:0{number}")
+        begin = time.monotonic()
+        guest.start_dhcp4()
+        guest.start_dhcp6()
+        wait_for(lambda: "bound 10" in guest.events() and guest.events().count("BOUND6") == 2, "its leases", 60)
+        return time.monotonic() - begin
+
+    bridge.reset()
+    calm = joins(0)
+    bridge.reset()
+    over = threading.Event()
+
+    def flood():
+        while not over.is_set():
+            attacker.send(*frames)
+
+    def dropped():
+        listing = json.loads(host.run("nft", "-j", "list", "table", "bridge", "instances_asked").stdout)["nftables"]
+        rules = [i["rule"]["expr"] for i in listing if "rule" in i]
+        return sum(e["counter"]["packets"] for rule in rules for e in rule if "counter" in e)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        wait_for(lambda: dropped() > 1000, "drops by the limit")
+        flooded, asked = joins(1), bridge.log().count(f"DHCPDISCOVER(br0) {attacker.mac}")
+        host.run("nft", "-f", bridge.rules)
+        again = joins(2)
+        wait_for(lambda: dropped() > 1000, "drops by the limit that was loaded again")
+    finally:
+        over.set()
+        thread.join()
+    print(f"leases after {calm:.1f} s, {flooded:.1f} s in a flood, {again:.1f} s after the guard was loaded again")
+    assert max(flooded, again) < calm + 5
+    # 30 at once and 10 a minute, and no other 30
+    assert 20 <= asked <= 40 and bridge.log().count(f"DHCPDISCOVER(br0) {attacker.mac}") <= asked + 10
