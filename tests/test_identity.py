@@ -356,12 +356,16 @@ def sniffer(bridge):
 def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
     """Return a UDP datagram to the victim."""
     ip = scapy.IPv6 if ":" in destination else scapy.IP
-    return scapy.Ether(src=mac or attacker.mac) / ip(src=source, dst=destination) / scapy.UDP(sport=sport, dport=dport)
+    return (
+        scapy.Ether(src=mac or attacker.mac, dst=EVERYONE)
+        / ip(src=source, dst=destination)
+        / scapy.UDP(sport=sport, dport=dport)
+    )
 
 
 def headless(bridge, attacker):
     """Return a first fragment that ends before its upper layer's header."""
-    ip = scapy.Ether(src=attacker.mac) / scapy.IPv6(
+    ip = scapy.Ether(src=attacker.mac, dst=EVERYONE) / scapy.IPv6(
         src=bridge.registry[attacker.mac]["ipv6_gua"], dst=bridge.addresses6[0]
     )
     return ip / scapy.IPv6ExtHdrFragment(nh=60, offset=0, m=1) / scapy.IPv6ExtHdrDestOpt(nh=17)
@@ -394,7 +398,7 @@ STRAY = {  # what: (from whom, chain, frame)
         BOTH,
         "instances_drop_ndp",
         lambda b, a: (
-            scapy.Ether(src=TWIN)
+            scapy.Ether(src=TWIN, dst=EVERYONE)
             / scapy.IPv6(src=link_local(TWIN), dst=b.addresses6[0], hlim=255)
             / scapy.ICMPv6ND_NA(tgt=b.own["ipv6_lla"])
             / scapy.ICMPv6NDOptDstLLAddr(lladdr=TWIN)
@@ -415,24 +419,31 @@ STRAY = {  # what: (from whom, chain, frame)
     "VLAN tag": (
         BOTH,
         "prerouting",
-        lambda b, a: scapy.Ether(src=a.mac) / scapy.Dot1Q(vlan=0) / datagram(a, "::", b.addresses6[0]).payload,
+        lambda b, a: (
+            scapy.Ether(src=a.mac, dst=EVERYONE) / scapy.Dot1Q(vlan=0) / datagram(a, "::", b.addresses6[0]).payload
+        ),
     ),
     "802.3 frame": (
         BOTH,
         "guard",
         lambda b, a: (
-            scapy.Dot3(src=a.mac)
+            scapy.Dot3(src=a.mac, dst=EVERYONE)
             / scapy.LLC(dsap=0xAA, ssap=0xAA, ctrl=3)
             / scapy.SNAP(code=0x800)
             / datagram(a, "10.83.0.66", b.own["ipv4"]).payload
         ),
     ),
-    "RARP": (BOTH, "guard", lambda b, a: scapy.Ether(src=a.mac, type=0x8035) / scapy.ARP(op=4, psrc=b.own["ipv4"])),
+    "RARP": (
+        BOTH,
+        "guard",
+        lambda b, a: scapy.Ether(src=a.mac, dst=EVERYONE, type=0x8035) / scapy.ARP(op=4, psrc=b.own["ipv4"]),
+    ),
     "ARP with addresses of other lengths": (
         BOTH,
         "instances_drop_arp",
         lambda b, a: (
-            scapy.Ether(src=a.mac, type=0x806) / scapy.Raw(b"\0\1\x08\0\x08\4\0\2" + octets(b.victim.mac) + bytes(18))
+            scapy.Ether(src=a.mac, dst=EVERYONE, type=0x806)
+            / scapy.Raw(b"\0\1\x08\0\x08\4\0\2" + octets(b.victim.mac) + bytes(18))
         ),
     ),
 }
