@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import HOST_MAC, UPDATE, Host, wait_for
+from lab import EXAMPLES, HOST_MAC, UPDATE, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
@@ -73,9 +73,8 @@ class Bridge:
         self.iaid, self.duid = next((int(r[1]), octets(r[4])) for r in rows if r[2:3] == self.addresses6[:1])
 
     def settle(self) -> None:
-        """Wait until the service has done its work."""
-        applied = self.host.folder / "run" / "instances.applied"
-        wait_for(lambda: not Path(f"{self.host.base}.updated").exists() and applied.exists(), "the service")
+        """Do the service's work, after what it does now."""
+        self.host.run(EXAMPLES / "systemd" / "instances-apply", self.host.folder / "settings")
 
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
@@ -91,7 +90,9 @@ class Bridge:
         self.expected = leases or self.was
         self.leases.write_text(self.expected)
         Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
-        self.rules.write_text(self.text if guard else "")
+        self.rules.unlink(missing_ok=True)
+        if guard:
+            self.rules.write_text(self.text)
         for table in ("instances", "instances_asked"):
             host.run("nft", "delete", "table", "bridge", table, check=False)
         Path(f"{host.base}.updated").touch()
