@@ -1,15 +1,18 @@
 """What the tests share: the two scripts as modules, and a host with a bridge in namespaces."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
 import pytest
-from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment
+from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment, run_script
 
 hypothesis.settings.register_profile("here", database=None, deadline=None)
 hypothesis.settings.load_profile("here")
@@ -27,6 +30,7 @@ def load(script: Path):
     return module
 
 
+@pytest.hookimpl(trylast=True)  # when the fixtures have ended: -x ends those of a module only here
 def pytest_sessionfinish():
     """Take away the namespaces of a fixture that failed before it could do so itself."""
     for namespace in reversed(OPEN.copy()):
@@ -59,6 +63,31 @@ def need(*programs: str) -> None:
     missing += ["root"] if os.geteuid() else []
     if missing:
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def lock_held(base):
+    """Have another process hold the registry's lock; give the process."""
+    code = "import filelock as f, sys; l = f.FileLock(sys.argv[1]); l.acquire(); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, f"{base}.lock"], **pipes) as holder:
+        try:
+            holder.stdout.readline()
+            yield holder
+        finally:
+            holder.kill()
+
+
+@contextlib.contextmanager
+def locked_out(base, *command):
+    """Run a script while the lock is held, in the background of a module's tests; give (result, seconds), a future."""
+
+    def timed():
+        start = time.monotonic()
+        return run_script(*command, base=base), time.monotonic() - start
+
+    with ThreadPoolExecutor(1) as pool, lock_held(base):
+        yield pool.submit(timed)
 
 
 def check_nft(base):

@@ -3,15 +3,16 @@
 import ipaddress
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 
 import pytest
-from conftest import need
+from conftest import lock_held, locked_out, need
 from hypothesis import given
 from hypothesis import strategies as st
-from lab import HOST_MAC, UPDATE, environment, run_script
+from lab import HOST_MAC, UPDATE, environment, run_script, wait_for
 
 MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
 
@@ -50,18 +51,31 @@ def test_repeated_lease_changes_and_prints_nothing(base, action):
     assert files(base) == before
 
 
-def test_registered_lease_is_recognised_while_the_lock_is_held(base):
-    run(base, "add", MAC, "10.83.0.11", "web")
-    holder = "import filelock as f, sys; l = f.FileLock(sys.argv[1]); l.acquire(); print(flush=True); input()"
-    command = [sys.executable, "-c", holder, f"{base}.lock"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        assert run(base, "old", MAC, "10.83.0.11", "web").returncode == 0
-        result = run(base, "old", MAC, "10.83.0.12", "web")
-        assert (result.returncode, result.stdout) == (1, "")
-        assert result.stderr.count("\n") == 1 and f"{base}.lock" in result.stderr
-        process.communicate(b"\n")
-    assert read(base)[MAC]["ipv4"] == "10.83.0.11" and not os.path.exists(f"{base}.json.tmp")
+@pytest.fixture(scope="module", autouse=True)
+def held_up(tmp_path_factory):
+    """A run that changes something, while somebody holds the lock: begun first, since it takes 10 s."""
+    base = tmp_path_factory.mktemp("held") / "instances"
+    write(base, {MAC: {"name": "web", "ipv4": "10.83.0.11"}})
+    with locked_out(base, UPDATE, "old", MAC, "10.83.0.12", "web") as future:
+        yield base, future
+
+
+@pytest.mark.parametrize("layout", [None, 2])
+@pytest.mark.parametrize(
+    "arguments",
+    [("old", MAC, "10.83.0.11"), ("--rename", MAC, "web"), ("--rename", OTHER, "db"), ("--remove", OTHER)],
+)
+def test_run_that_changes_nothing_waits_for_nobody(base, arguments, layout):
+    write(base, json.dumps({MAC: {"name": "web", "ipv4": "10.83.0.11", "ipv6_lla": "fe80::1"}}, indent=layout))
+    with lock_held(base) as holder:
+        assert run(base, *arguments).returncode == 0 and holder.poll() is None
+
+
+def test_unregistered_address_of_known_instance_waits_for_nobody(base):
+    write(base, {MAC: {"name": "web"}})
+    with lock_held(base):
+        result = run(base, "add", "x", "fe80::1", DNSMASQ_MAC=MAC)
+    assert (result.returncode, result.stdout) == (0, "") and "fe80::1 is not registered" in result.stderr
 
 
 def test_ipv6_lease_is_registered_by_dnsmasq_mac(base):
@@ -107,8 +121,11 @@ def test_name_of_known_instance_never_changes_by_lease(base, name):
     assert read(base)[MAC]["name"] == name and read(base)[MAC]["ipv4"] == "10.83.0.12"
 
 
-def test_address_that_moves_leaves_its_former_holder(base):
+@pytest.mark.parametrize("known", [True, False])
+def test_address_that_moves_leaves_its_former_holder(base, known):
     run(base, "add", MAC, "10.83.0.11", "web")
+    if known:
+        run(base, "add", OTHER, "10.83.0.12", "db")
     run(base, "add", OTHER, "10.83.0.11", "db")
     assert "ipv4" not in read(base)[MAC] and read(base)[OTHER]["ipv4"] == "10.83.0.11"
 
@@ -175,6 +192,27 @@ def test_documentation_address_makes_instance_without_address(base):
     assert result.returncode == 0 and "2001:db8::1 is not registered" in result.stderr
 
 
+@pytest.mark.parametrize("address", ["fe80::5", "fec0::1", "::1", "ff02::1"])
+def test_address_that_is_neither_global_nor_unique_local_is_not_registered(base, address):
+    result = run(base, "add", "x", address, "web", DNSMASQ_MAC=MAC)
+    assert read(base) == {MAC: {"name": "web", "ipv6_lla": "fe80::1266:6aff:fe4c:a111"}}
+    assert result.returncode == 0 and f"warning: {MAC}: {address} is not registered" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("mac", "address"),
+    [
+        ("52:54:00:12:34:56", "fe80::5054:ff:fe12:3456"),  # QEMU's and Docker's have the local bit set
+        ("02:42:ac:11:00:02", "fe80::42:acff:fe11:2"),
+        ("00:16:3e:00:00:01", "fe80::216:3eff:fe00:1"),
+        ("fe:ff:ff:ff:ff:ff", "fe80::fcff:ffff:feff:ffff"),
+    ],
+)
+def test_link_local_address_is_made_from_the_mac_address(base, mac, address):
+    run(base, "add", mac, "10.0.0.1")
+    assert read(base)[mac]["ipv6_lla"] == address
+
+
 @pytest.mark.parametrize(
     ("address", "field"),
     [
@@ -221,6 +259,14 @@ def test_addresses_are_in_the_form_of_rfc_5952(update, address):
         ("add", "10:66:6a:4c:a1", "10.0.0.1"),
         ("add", "10:66:6a:4c:a1:1g", "10.0.0.1"),
         ("add", "10-66-6a-4c-a1-11", "10.0.0.1"),
+        ("add", "10666a4ca111", "10.0.0.1"),
+        ("add", "1:066:6a:4c:a1:11", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a11:1", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a1:11:", "10.0.0.1"),
+        ("add", ":10:66:6a:4c:a1:11", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a1::11", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a1:11:12", "10.0.0.1"),
+        ("add", "10:66:6a:4c:a1:1 ", "10.0.0.1"),
         ("add", MAC, ""),
         ("add", MAC, "10.0.0.256"),
         ("add", MAC, "10.0.0.01"),
@@ -258,6 +304,20 @@ def test_base_id_follows_the_path_after_a_hyphen(base):
     run(base, "add", MAC, "10.0.0.1", INSTANCES_BASE_ID="br0.1_a-b")
     names = {"instances-br0.1_a-b.json", "instances-br0.1_a-b.updated", "instances-br0.1_a-b.lock"}
     assert names - set(files(base)) <= {"instances-br0.1_a-b.lock"}  # which some releases of filelock take away
+
+
+def test_variables_that_are_empty_or_unset_take_their_defaults(update, monkeypatch):
+    for value in (None, ""):
+        for variable in ("INSTANCES_BASE_PATH", "INSTANCES_BASE_ID"):
+            monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
+        assert update.base_path() == "/var/lib/misc/instances"
+
+
+def test_relative_path_without_a_folder_is_in_the_working_folder(base):
+    command = [sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
+    result = subprocess.run(command, env=environment("here"), cwd=base.parent, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {"here.json", "here.updated"} <= files(base).keys() and MAC in read(base.parent / "here")
 
 
 @pytest.mark.parametrize(
@@ -420,6 +480,13 @@ def test_nothing_is_made_wider_than_0644(base):
     assert len(modes) >= 2 and not [name for name, mode in modes.items() if mode & ~0o644]
 
 
+def test_narrower_umask_is_kept(base):
+    command = ["sh", "-c", 'umask 077; exec "$@"', "sh", sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
+    assert subprocess.run(command, env=environment(base), capture_output=True).returncode == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in base.parent.iterdir()}
+    assert len(modes) >= 2 and set(modes.values()) == {0o600}
+
+
 def test_registry_behind_a_symbolic_link_stays_there(base):
     (base.parent / "far").mkdir()
     target = base.parent / "far" / "registry"
@@ -429,12 +496,41 @@ def test_registry_behind_a_symbolic_link_stays_there(base):
     assert base.with_suffix(".json").is_symlink() and MAC in json.loads(target.read_text())
 
 
-def test_planted_link_in_the_temporary_file_is_not_followed(base):
+@pytest.mark.parametrize("suffix", [".json.tmp", ".updated"])
+def test_planted_link_truncates_nothing(base, suffix):
     victim = base.parent / "victim"
     victim.write_text("precious")
-    base.with_suffix(".json.tmp").symlink_to(victim)
+    base.with_suffix(suffix).symlink_to(victim)
     assert run(base, "add", MAC, "10.0.0.1").returncode == 0
     assert victim.read_text() == "precious" and MAC in read(base) and not os.path.lexists(f"{base}.json.tmp")
+
+
+def test_dangling_link_in_the_temporary_file_is_not_followed(base):
+    base.with_suffix(".json.tmp").symlink_to("victim")
+    assert run(base, "add", MAC, "10.0.0.1").returncode == 0
+    assert MAC in read(base) and not {"victim", "instances.json.tmp"} & set(os.listdir(base.parent))
+
+
+def test_interrupt_is_an_error_in_one_line(base):
+    need("strace")
+    log = base.parent / "strace"
+    command = ["strace", "-o", log, sys.executable, UPDATE, "add", MAC, "10.0.0.1"]
+    with lock_held(base):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        waiting = subprocess.Popen(command, env=environment(base), text=True, start_new_session=True, **pipes)
+        wait_for(lambda: log.exists() and "EAGAIN" in log.read_text(), "a try to lock")
+        os.killpg(waiting.pid, signal.SIGINT)  # as a terminal does
+        assert waiting.communicate() == ("", "instances-update.py: error: interrupted\n")
+    assert waiting.returncode == 1 and not base.with_suffix(".json").exists()
+
+
+def test_file_system_without_locks_is_an_error_in_one_line(base):
+    """NotImplementedError, as newer releases of filelock have it: a stand-in for them, where an older one would wait."""
+    text = "class FileLock:\n    def __init__(*_, **__):\n        raise NotImplementedError('use SoftFileLock')\n"
+    (base.parent / "filelock.py").write_text(text)
+    result = run(base, "add", MAC, "10.0.0.1", PYTHONPATH=str(base.parent), PYTHONDONTWRITEBYTECODE="1")
+    assert (result.returncode, result.stdout) == (1, "") and not base.with_suffix(".json").exists()
+    assert result.stderr == "instances-update.py: error: use SoftFileLock\n"
 
 
 def test_help_that_nobody_reads_is_an_error_in_one_line(base):
@@ -448,6 +544,15 @@ def test_output_that_nobody_reads_changes_nothing(base):
         command = [sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
         result = subprocess.run(command, env=environment(base), stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (0, "") and MAC in read(base)
+
+
+def test_change_waits_ten_seconds_for_the_lock_and_says_which(held_up):
+    base, future = held_up
+    result, seconds = future.result()
+    assert 10 <= seconds < 19
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1 and f"{base}.lock" in result.stderr
+    assert read(base)[MAC]["ipv4"] == "10.83.0.11" and files(base).keys() <= {"instances.json", "instances.lock"}
 
 
 def initialize(host, *arguments):
@@ -473,7 +578,7 @@ def test_initialize_replaces_the_instance_and_takes_from_others(host):
     write(
         host.base,
         {
-            HOST_MAC: {"name": "old", "ipv4": "10.9.9.9", "note": "x"},
+            HOST_MAC: {"name": "old", "ipv4": "10.9.9.9", "ipv6_ula": "fd83:5eed::1", "note": "x"},
             MAC: {"name": "Host", "ipv4": "10.83.0.1"},
         },
     )
@@ -486,6 +591,26 @@ def test_initialize_replaces_the_instance_and_takes_from_others(host):
         "ipv6_lla": "fe80::1266:6aff:fe4c:a1fe",
     }
     assert host.registry() == {HOST_MAC: own | {"note": "x"}, MAC: {"name": ""}}
+
+
+@pytest.mark.parametrize("theirs", [{"name": "HOST"}, {"name": "", "ipv6_ula": "fd83:5eed::1"}])
+def test_initialize_takes_from_others_where_its_own_entry_is_right_already(host, theirs):
+    initialize(host, "br0", "host")
+    own = host.registry()
+    write(host.base, {MAC: theirs, **own})
+    assert "initialized" in initialize(host, "br0", "host").stdout
+    assert host.registry() == {MAC: {"name": ""}, **own}
+
+
+def test_initialize_takes_no_temporary_address(host):
+    host.run("ip", "address", "flush", "dev", "br0", "to", "2001:67c:83::1")
+    host.client("port", MAC)  # an interface without a carrier has no temporary addresses
+    host.set("net/ipv6/conf/br0/use_tempaddr", "2")
+    lifetimes = ("valid_lft", "2000", "preferred_lft", "1000")
+    host.run("ip", "address", "add", "2001:67c:83::8/64", "dev", "br0", "nodad", "mngtmpaddr", *lifetimes)
+    wait_for(lambda: "temporary" in host.run("ip", "address", "show", "dev", "br0").stdout, "a temporary address")
+    initialize(host, "br0", "host")
+    assert host.registry()[HOST_MAC]["ipv6_gua"] == "2001:67c:83::8"
 
 
 def test_initialize_takes_the_primary_address_and_none_that_is_deprecated(host):
