@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from conftest import check_nft
+from conftest import check_nft, locked_out
 from lab import PROCESS, run_script
 
 MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
@@ -31,6 +31,15 @@ def sets_of(text):
     return {part.split()[0]: [e.strip() for e in body.split(",") if e.strip()] for part, body in zip(parts, elements)}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def held_up(tmp_path_factory):
+    """A run with a marker, while somebody holds the lock: begun first, since it takes 10 s."""
+    base = tmp_path_factory.mktemp("held") / "instances"
+    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
+    with locked_out(base, PROCESS) as future:
+        yield base, future
+
+
 def test_without_marker_nothing_is_done(base):
     base.with_suffix(".json").write_text("{}")
     result = run(base)
@@ -42,13 +51,29 @@ def test_force_works_without_a_marker(base, option):
     assert run(base, option).returncode == 0 and len(outputs(base)) == 3
 
 
-def test_marker_is_taken_away_and_one_line_sums_up(base):
+@pytest.mark.parametrize("option", [[], ["-f"], ["--force"]])
+def test_marker_is_taken_away_and_one_line_sums_up(base, option):
     prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1", "ipv6_ula": "fd00::1"}, OTHER: {"name": ""}})
-    result = run(base)
+    result = run(base, *option)
     assert (result.returncode, result.stdout) == (0, "")
     summary = "2 instances, 2 host addresses, 2 set elements, 10 address sets"
     assert result.stderr == f"instances-process.py: {summary}\n"
     assert run(base).returncode == 10
+
+
+def test_dangling_link_is_a_marker_too(base):
+    prepare(base, {})
+    base.with_suffix(".updated").unlink()
+    base.with_suffix(".updated").symlink_to("nowhere")
+    assert run(base).returncode == 0 and not os.path.lexists(base.with_suffix(".updated"))
+
+
+def test_marker_that_is_a_link_truncates_nothing(base):
+    prepare(base, {})
+    base.with_suffix(".updated").unlink()
+    (base.parent / "victim").write_text("precious")
+    base.with_suffix(".updated").symlink_to("victim")
+    assert run(base).returncode == 0 and (base.parent / "victim").read_text() == "precious"
 
 
 def test_missing_registry_counts_as_empty(base):
@@ -57,7 +82,7 @@ def test_missing_registry_counts_as_empty(base):
     check_nft(base)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"x": 1}', "", '{"a": {"name"', "[" * 100000])
+@pytest.mark.parametrize("text", ["[]", "null", '{"x": 1}', "", '{"a": {"name"', pytest.param("[" * 100000, id="deep")])
 def test_broken_registry_leaves_outputs_and_marker(base, text):
     prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
     run(base)
@@ -112,6 +137,35 @@ def test_bad_set_names_and_domains_are_left_out_with_a_warning(base):
         "web.v4.instance",
     ]
     assert outputs(base)[".hosts"] == "10.0.0.1 web.ok.example web.v4.ok.example\n10.0.0.1 web.3.ok web.v4.3.ok\n"
+
+
+@pytest.mark.parametrize(
+    ("domain", "valid"),
+    [
+        (".internal", True),
+        (".a1.3-b.x", True),
+        ("." + "a" * 63, True),
+        ("." + "a" * 64, False),
+        (".ä.example", False),
+        (".example.ä", False),
+        (".a_b", False),
+        (".a b", False),
+        (".", False),
+        (".a.", False),
+        ("a", False),
+        ("..a", False),
+        (".-a", False),
+        (".a-", False),
+        (".a" * 93 + "b", True),  # 187 characters: with the longest name and .v4 before it, a name's 253
+        (".a" * 94, False),
+    ],
+)
+def test_domain_is_taken_or_left_out_with_a_warning(base, domain, valid):
+    prepare(base, {MAC: {"name": "w" * 63, "ipv4": "10.0.0.1"}})
+    result = run(base, INSTANCES_HOSTS_DOMAIN=domain)
+    assert result.returncode == 0 and result.stderr.count("warning: INSTANCES_HOSTS_DOMAIN") == (not valid)
+    line = f"10.0.0.1 {'w' * 63}{domain} {'w' * 63}.v4{domain}\n"
+    assert outputs(base)[".hosts"] == (line if valid else "") and max(map(len, line.split())) <= 253 + 64 * (not valid)
 
 
 def test_empty_lists_take_their_defaults(base):
@@ -169,3 +223,12 @@ def test_outputs_keep_mode_owner_and_link(base):
     assert run(base).returncode == 0
     assert base.with_suffix(".hosts").is_symlink() and (base.parent / "far").stat().st_mode & 0o777 == 0o600
     assert not [name for name in os.listdir(base.parent) if name.endswith(".tmp")]
+
+
+def test_run_waits_ten_seconds_for_the_lock_and_says_which(held_up):
+    base, future = held_up
+    result, seconds = future.result()
+    assert 10 <= seconds < 19
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1 and f"{base}.lock" in result.stderr
+    assert not outputs(base) and base.with_suffix(".updated").exists()
