@@ -194,6 +194,7 @@ EDITED = {  # by hand, in the layout that the look-up reads, here without quotes
     "the address again": "{\n  MAC: {\n    ipv4: A\n  },\n  x: {\n    ipv4: A\n  }\n}\n",
     "an instance in an instance": "{\n  x: {\n    MAC: {\n      ipv4: A\n    }\n  }\n}\n",
     "an instance in a list": "[\n  {\n    MAC: {\n      ipv4: A\n    }\n  }\n]\n",
+    "a note with a MAC address as its key": "{\n  x: {\n    MAC: {\n      y: z\n    },\n    ipv4: A\n  }\n}\n",
     "the address in a note": "{\n  MAC: {\n    x: {\n      ipv4: A\n    }\n  }\n}\n",
     "a MAC address as a note": "{\n  x: {\n    y: MAC,\n    ipv4: A\n  }\n}\n",
 }
