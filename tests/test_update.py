@@ -68,7 +68,9 @@ def held_up(tmp_path_factory):
 def test_run_that_changes_nothing_waits_for_nobody(base, arguments, layout):
     write(base, json.dumps({MAC: {"name": "web", "ipv4": "10.83.0.11", "ipv6_lla": "fe80::1"}}, indent=layout))
     with lock_held(base) as holder:
-        assert run(base, *arguments).returncode == 0 and holder.poll() is None
+        result = run(base, *arguments)
+        assert (result.returncode, result.stdout) == (0, "") and holder.poll() is None
+        assert result.stderr == "" or OTHER in arguments
 
 
 def test_unregistered_address_of_known_instance_waits_for_nobody(base):
