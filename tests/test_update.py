@@ -65,12 +65,26 @@ def held_up(tmp_path_factory):
     "arguments",
     [("old", MAC, "10.83.0.11"), ("--rename", MAC, "web"), ("--rename", OTHER, "db"), ("--remove", OTHER)],
 )
-def test_run_that_changes_nothing_waits_for_nobody(base, arguments, layout):
+@pytest.mark.parametrize("variables", [{}, {"DNSMASQ_DATA_MISSING": "1"}])
+def test_run_that_changes_nothing_waits_for_nobody(base, arguments, layout, variables):
     write(base, json.dumps({MAC: {"name": "web", "ipv4": "10.83.0.11", "ipv6_lla": "fe80::1"}}, indent=layout))
     with lock_held(base) as holder:
-        result = run(base, *arguments)
+        result = run(base, *arguments, **variables)
         assert (result.returncode, result.stdout) == (0, "") and holder.poll() is None
         assert result.stderr == "" or OTHER in arguments
+
+
+def test_what_others_did_while_a_run_waited_is_not_done_again(base):
+    need("strace")
+    log = base.parent / "strace"
+    command = ["strace", "-o", log, sys.executable, UPDATE, "add", MAC, "10.0.0.1", "web"]
+    with lock_held(base) as holder:
+        waiting = subprocess.Popen(command, env=environment(base), stdout=subprocess.PIPE, text=True)
+        wait_for(lambda: log.exists() and "EAGAIN" in log.read_text(), "a try to lock")
+        write(base, {MAC: {"name": "db", "ipv4": "10.0.0.1"}})
+        holder.kill()
+        assert waiting.communicate()[0] == "" and waiting.returncode == 0
+    assert read(base) == {MAC: {"name": "db", "ipv4": "10.0.0.1"}} and not base.with_suffix(".updated").exists()
 
 
 def test_unregistered_address_of_known_instance_waits_for_nobody(base):
@@ -89,8 +103,9 @@ def test_ipv6_lease_is_registered_by_dnsmasq_mac(base):
 
 
 @pytest.mark.parametrize("variables", [{}, {"DNSMASQ_MAC": ""}])
-def test_ipv6_lease_without_mac_does_nothing(base, variables):
-    result = run(base, "old", "00:04:9c:11", "fd83:5eed::14", "mail", **variables)
+@pytest.mark.parametrize("duid", ["00:04:9c:11", "00:02:00:00:00:01"])  # one of them as long as a MAC address
+def test_ipv6_lease_without_mac_does_nothing(base, duid, variables):
+    result = run(base, "old", duid, "fd83:5eed::14", "mail", **variables)
     assert (result.returncode, result.stdout, result.stderr, files(base)) == (0, "", "", {})
 
 
@@ -182,6 +197,12 @@ def test_reminder_fills_an_empty_field_and_replaces_none(base, address, other_ad
     assert result.stderr == f"instances-update.py: warning: {MAC} keeps {address}: {other_address} is not registered\n"
 
 
+def test_reminder_fills_a_field_that_was_emptied_by_hand(base):
+    write(base, {MAC: {"name": "web", "ipv4": ""}})
+    run(base, "old", MAC, "10.83.0.11", **REMINDER)
+    assert read(base)[MAC]["ipv4"] == "10.83.0.11"
+
+
 def test_add_is_never_a_reminder(base):
     run(base, "add", MAC, "10.83.0.11")
     run(base, "add", OTHER, "10.83.0.11", **REMINDER)
@@ -194,11 +215,12 @@ def test_documentation_address_makes_instance_without_address(base):
     assert result.returncode == 0 and "2001:db8::1 is not registered" in result.stderr
 
 
-@pytest.mark.parametrize("address", ["fe80::5", "fec0::1", "::1", "ff02::1"])
+@pytest.mark.parametrize("address", ["fe80::5", "fe80::1266:6aff:fe4c:a111", "fec0::1", "::1", "ff02::1"])
 def test_address_that_is_neither_global_nor_unique_local_is_not_registered(base, address):
-    result = run(base, "add", "x", address, "web", DNSMASQ_MAC=MAC)
-    assert read(base) == {MAC: {"name": "web", "ipv6_lla": "fe80::1266:6aff:fe4c:a111"}}
-    assert result.returncode == 0 and f"warning: {MAC}: {address} is not registered" in result.stderr
+    for _ in range(2):
+        result = run(base, "add", "x", address, "web", DNSMASQ_MAC=MAC)
+        assert read(base) == {MAC: {"name": "web", "ipv6_lla": "fe80::1266:6aff:fe4c:a111"}}
+        assert result.returncode == 0 and f"warning: {MAC}: {address} is not registered" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -342,9 +364,9 @@ def test_wrong_usage_exits_2(base, arguments):
     assert (result.returncode, result.stdout) == (2, "") and "usage:" in result.stderr and not files(base)
 
 
-@pytest.mark.parametrize("argument", ["--help", "-h", "help"])
-def test_help_is_on_standard_output(base, argument):
-    result = run(base, argument)
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["--help", "--rename"]])
+def test_help_is_on_standard_output(base, arguments):
+    result = run(base, *arguments)
     assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("usage:")
 
 
@@ -621,7 +643,17 @@ def test_initialize_takes_the_primary_address_and_none_that_is_deprecated(host):
     host.run("ip", "address", "add", "2001:67c:83::8/80", "dev", "br0", "nodad", "preferred_lft", "0")
     host.run("ip", "address", "add", "2001:db8::9/64", "dev", "br0", "nodad")
     initialize(host, "br0", "host")
-    assert host.registry()[HOST_MAC]["ipv4"] == "10.83.0.1" and "ipv6_gua" not in host.registry()[HOST_MAC]
+    assert host.registry()[HOST_MAC].keys() == {"name", "ipv4", "ipv6_ula", "ipv6_lla"}
+    assert host.registry()[HOST_MAC]["ipv4"] == "10.83.0.1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"), [(("br1", "host"), "br1: Device "), (("br0", "my_host"), "my_host: not a name")]
+)
+def test_initialize_says_what_is_wrong_and_changes_nothing(host, arguments, why):
+    command = [sys.executable, UPDATE, "--initialize", *arguments]
+    result = host.run(*command, env=environment(host.base), check=False)
+    assert result.returncode == 1 and why in result.stderr and host.registry() == {}
 
 
 def test_initialize_takes_the_link_local_address_that_the_interface_has(host):
