@@ -301,6 +301,8 @@ def test_addresses_are_in_the_form_of_rfc_5952(update, address):
         ("--rename", MAC, ""),
         ("--rename", "06-01:23:45:67:89:ab", "web"),
         ("--remove", "web"),
+        ("--remove", "10:66:6a:4c:a1:1"),
+        ("--remove", "10:66:6a:4c:a1:1g"),
         ("--initialize", "$(reboot)", "host"),
         ("--initialize", "-x", "host"),
         ("--initialize", "", "host"),
