@@ -294,6 +294,60 @@ def test_rogue_server_gives_no_lease(bridge, who, ports):
     wait_for(lambda: "bound 10.83" in clients[1].events(), "a lease of the host's own server")
 
 
+def claim(attacker, victim, own, hwsrc, psrc):
+    """Return an ARP request with these sender's addresses, each the attacker's own or the victim's."""
+    ip = [addresses(attacker if it == "own" else victim)["10"] for it in (own, psrc)]
+    mac = attacker.mac if hwsrc == "own" else victim.mac
+    frame = scapy.Ether(src=attacker.mac, dst=EVERYONE)
+    return frame / scapy.ARP(op=1, hwsrc=mac, psrc=ip[1], hwdst=EVERYONE, pdst=ip[0])
+
+
+def probe(attacker, address):
+    """Return an ARP probe for an address (RFC 5227)."""
+    frame = scapy.Ether(src=attacker.mac, dst=EVERYONE)
+    return frame / scapy.ARP(op=1, hwsrc=attacker.mac, psrc="0.0.0.0", hwdst="00:00:00:00:00:00", pdst=address)
+
+
+def advertised(attacker, target):
+    """Return a neighbour advertisement of any target, from an address of one's own."""
+    ip = scapy.Ether(src=attacker.mac, dst="33:33:00:00:00:01")
+    ip /= scapy.IPv6(src=addresses(attacker)["fe80"], dst="ff02::1", hlim=255)
+    return ip / scapy.ICMPv6ND_NA(tgt=target, R=0, S=0, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+
+
+CLOSE = {  # what is let through but for one field: (chain, frame)
+    "ARP with another's hardware address": ("arp", lambda a, v: claim(a, v, "own", "victim", "own")),
+    "ARP with another's addresses": ("arp", lambda a, v: claim(a, v, "own", "victim", "victim")),
+    "ARP probe for another's address": ("arp", lambda a, v: probe(a, addresses(v)["10"])),
+    "advertisement of another prefix": ("ndp", lambda a, v: advertised(a, "fd83:99::1266:6aff:fe4c:a112")),
+    "advertisement of another subnet": ("ndp", lambda a, v: advertised(a, "fe80:0:0:1:1266:6aff:fe4c:a112")),
+    "advertisement without ff:fe": ("ndp", lambda a, v: advertised(a, "fe80::1266:6aff:ff4c:a112")),
+    "advertisement of another first half": ("ndp", lambda a, v: advertised(a, "fe80::1266:6bff:fe4c:a112")),
+    "advertisement of another second half": ("ndp", lambda a, v: advertised(a, "fe80::1266:6aff:fe4c:a113")),
+    "advertisement without the bit flipped": ("ndp", lambda a, v: advertised(a, "fe80::1066:6aff:fe4c:a112")),
+}
+OWN = {  # the same without that
+    "ARP": lambda a, v: claim(a, v, "own", "own", "own"),
+    "ARP probe": lambda a, v: probe(a, addresses(a)["10"]),
+    "advertisement": lambda a, v: advertised(a, "fe80::1266:6aff:fe4c:a112"),
+}
+
+
+@pytest.mark.parametrize(("chain", "frame"), CLOSE.values(), ids=CLOSE.keys())
+def test_frame_with_one_field_that_is_not_the_sender_s_is_dropped(bridge, chain, frame):
+    assert bridge.registered.mac == "10:66:6a:4c:a1:12"
+    bridge.guard(True)
+    bridge.is_dropped(bridge.registered, frame(bridge.registered, bridge.victim), bool, f"instances_drop_{chain}")
+
+
+def test_frames_with_fields_of_the_sender_s_own_are_not_dropped(bridge):
+    bridge.guard(True)
+    bridge.registered.send(*(bytes(frame(bridge.registered, bridge.victim)) for frame in OWN.values()))
+    assert bridge.registered.pings("10.83.0.1")  # what came before is done with
+    command = ("nft", "list", "set", "bridge", "instances", "instances_dropped")
+    assert bridge.registered.mac not in bridge.host.run(*command).stdout
+
+
 @pytest.mark.parametrize(("source", "destination"), [(67, 5000), (547, 5000), (5000, 68), (5000, 546)])
 @pytest.mark.parametrize("prefix", ["10", "2001"])
 def test_datagram_from_or_to_a_port_of_dhcp_servers_or_clients_is_dropped(bridge, prefix, source, destination):

@@ -454,9 +454,10 @@ def test_registry_cut_at_any_place_is_never_taken_for_whole(base, update):
         assert not update.is_registered(text[:end], MAC, "ipv4", "10.83.0.11")
 
 
-def test_registry_that_is_a_directory_is_an_error(base):
+@pytest.mark.parametrize("arguments", [("add", MAC, "10.0.0.1"), ("--rename", MAC, "web")])
+def test_registry_that_is_a_directory_is_an_error(base, arguments):
     base.with_suffix(".json").mkdir()
-    result = run(base, "add", MAC, "10.0.0.1")
+    result = run(base, *arguments)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and f"{base}.json" in result.stderr
 
 
