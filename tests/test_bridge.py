@@ -315,6 +315,21 @@ def advertised(attacker, target):
     return ip / scapy.ICMPv6ND_NA(tgt=target, R=0, S=0, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
 
 
+def discover(attacker, **fields):
+    """Return a DHCP request of one's own but for these fields."""
+    ip = scapy.Ether(src=attacker.mac, dst=EVERYONE) / scapy.IP(src="0.0.0.0", dst="255.255.255.255")
+    message = scapy.BOOTP(chaddr=bytes.fromhex(attacker.mac.replace(":", "")), **fields)
+    return ip / scapy.UDP(sport=68, dport=67) / message / scapy.DHCP(options=[("message-type", "inform"), "end"])
+
+
+def message6(attacker, kind):
+    """Return a DHCPv6 message of a type, with nothing in it."""
+    ip = scapy.Ether(src=attacker.mac, dst="33:33:00:01:00:02")
+    ip /= scapy.IPv6(src=addresses(attacker)["fe80"], dst="ff02::1:2")
+    return ip / scapy.UDP(sport=546, dport=547) / bytes([kind, 0, 0, 7])
+
+
+CLIENTS = (1, 3, 4, 5, 6, 11)  # Solicit, Request, Confirm, Renew, Rebind, Information-request
 CLOSE = {  # what is let through but for one field: (chain, frame)
     "ARP with another's hardware address": ("arp", lambda a, v: claim(a, v, "own", "victim", "own")),
     "ARP with another's addresses": ("arp", lambda a, v: claim(a, v, "own", "victim", "victim")),
@@ -324,12 +339,22 @@ CLOSE = {  # what is let through but for one field: (chain, frame)
     "advertisement without ff:fe": ("ndp", lambda a, v: advertised(a, "fe80::1266:6aff:ff4c:a112")),
     "advertisement of another first half": ("ndp", lambda a, v: advertised(a, "fe80::1266:6bff:fe4c:a112")),
     "advertisement of another second half": ("ndp", lambda a, v: advertised(a, "fe80::1266:6aff:fe4c:a113")),
+    "DHCP of another kind of hardware": ("dhcp", lambda a, v: discover(a, htype=6)),
+    "DHCP of another length": ("dhcp", lambda a, v: discover(a, hlen=16)),
+    "DHCP of a server": ("dhcp", lambda a, v: discover(a, op=2)),
+    "DHCP by a relay agent": ("dhcp", lambda a, v: discover(a, giaddr=addresses(a)["10"])),
+    **{
+        f"DHCPv6 message {kind}": ("dhcp", lambda a, v, k=kind: message6(a, k))
+        for kind in (0, 2, 7, 8, 9, 10, 12, 13, 14, 255)
+    },
     "advertisement without the bit flipped": ("ndp", lambda a, v: advertised(a, "fe80::1066:6aff:fe4c:a112")),
 }
 OWN = {  # the same without that
     "ARP": lambda a, v: claim(a, v, "own", "own", "own"),
     "ARP probe": lambda a, v: probe(a, addresses(a)["10"]),
     "advertisement": lambda a, v: advertised(a, "fe80::1266:6aff:fe4c:a112"),
+    "DHCP": lambda a, v: discover(a),
+    **{f"DHCPv6 message {kind}": lambda a, v, k=kind: message6(a, k) for kind in CLIENTS},
 }
 
 
@@ -346,6 +371,12 @@ def test_frames_with_fields_of_the_sender_s_own_are_not_dropped(bridge):
     assert bridge.registered.pings("10.83.0.1")  # what came before is done with
     command = ("nft", "list", "set", "bridge", "instances", "instances_dropped")
     assert bridge.registered.mac not in bridge.host.run(*command).stdout
+
+
+def test_packet_in_fragments_arrives(bridge):
+    bridge.guard(True)
+    for prefix in ("10", "2001"):
+        bridge.registered.run("ping", "-n", "-c", "1", "-W", "5", "-s", "4000", addresses(bridge.victim)[prefix])
 
 
 @pytest.mark.parametrize(("source", "destination"), [(67, 5000), (547, 5000), (5000, 68), (5000, 546)])

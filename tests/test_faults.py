@@ -171,7 +171,13 @@ def test_all_is_done_under_the_lock_and_a_file_is_on_disk_before_its_rename_and_
     order = [r"flock\(.*LOCK_EX", *([read, mark, sync_folder] if start == "before" else [mark, sync_folder, read])]
     for name in files:
         file = rf"{folder}/{re.escape(name)}\.tmp"
-        order += [rf"write\(\d+<{file}>", rf"fsync\(\d+<{file}>", rf'rename\("{file}"', sync_folder]
+        order += [
+            rf'openat\(.*"{file}", .*O_EXCL',
+            rf"write\(\d+<{file}>",
+            rf"fsync\(\d+<{file}>",
+            rf'rename\("{file}"',
+            sync_folder,
+        ]
     order += [rf'unlink\("{folder}/instances\.updated"\)'] if start == "changed" else []
     position = 0
     for call in [*order, r"flock\(.*LOCK_UN"]:
@@ -188,6 +194,7 @@ def test_error_at_any_open_write_sync_or_rename_is_one_line(stages, tmp_path, st
     def check(stages, folder, result, call):
         assert result.returncode == 1 and result.stdout == ""
         assert result.stderr.count("\n") == 1 and "error: " in result.stderr and str(folder) in result.stderr
+        assert re.search("No space left on device|Permission denied", result.stderr)
         assert not list(folder.glob("*.tmp")) or call == "unlink"
         if start == "changed":
             check_process(stages, folder)

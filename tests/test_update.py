@@ -490,7 +490,7 @@ def test_missing_filelock_is_said_in_one_line(base):
 
 def test_mode_and_owner_of_the_registry_are_kept(base):
     write(base, {MAC: {"name": "web"}})
-    base.with_suffix(".json").chmod(0o640)
+    base.with_suffix(".json").chmod(0o1640)
     if os.geteuid() == 0:
         os.chown(base.with_suffix(".json"), 65534, 65534)
     before = base.with_suffix(".json").stat()
