@@ -127,7 +127,7 @@ def test_listed_name_with_hyphens_in_any_case_is_filled(base):
 
 def test_bad_set_names_and_domains_are_left_out_with_a_warning(base):
     prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
-    names, domains = "x y,web,3cx,web,}", "a.b,.ok.example,.bad..dots,.-x,.x-,." + "a." * 100 + "b,.3.ok"
+    names, domains = "x y,web,3cx,web,}", "a.b,.ok.example,.ok.example,.bad..dots,.-x,.x-,." + "a." * 100 + "b,.3.ok"
     result = run(base, INSTANCES_ADDRESS_SETS=names, INSTANCES_HOSTS_DOMAIN=domains)
     assert result.returncode == 0
     assert result.stderr.count("warning: INSTANCES_ADDRESS_SETS") == 3
@@ -151,6 +151,7 @@ def test_bad_set_names_and_domains_are_left_out_with_a_warning(base):
         (".a_b", False),
         (".a b", False),
         (".", False),
+        (",", False),
         (".a.", False),
         ("a", False),
         ("..a", False),
