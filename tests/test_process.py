@@ -8,6 +8,7 @@ from conftest import check_nft, locked_out
 from lab import PROCESS, run_script
 
 MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
+WEB = {"name": "Web", "ipv4": "10.0.0.1", "ipv6_gua": "2001:67c::1", "ipv6_ula": "fd00::1", "ipv6_lla": "fe80::1"}
 OUTPUTS = (".hosts", ".nftables_chains", ".nftables_sets")
 
 
@@ -53,10 +54,10 @@ def test_force_works_without_a_marker(base, option):
 
 @pytest.mark.parametrize("option", [[], ["-f"], ["--force"]])
 def test_marker_is_taken_away_and_one_line_sums_up(base, option):
-    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1", "ipv6_ula": "fd00::1"}, OTHER: {"name": ""}})
+    prepare(base, {MAC: WEB, OTHER: {"name": "", "ipv4": "10.0.0.2"}})
     result = run(base, *option)
     assert (result.returncode, result.stdout) == (0, "")
-    summary = "2 instances, 2 host addresses, 2 set elements, 10 address sets"
+    summary = "2 instances, 4 host addresses, 5 set elements, 10 address sets"
     assert result.stderr == f"instances-process.py: {summary}\n"
     assert run(base).returncode == 10
 
@@ -115,6 +116,39 @@ def test_help_is_on_standard_output(base, argument):
 def test_bad_base_id_is_an_error_and_not_10(base):
     result = run(base, INSTANCES_BASE_ID="../x")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
+
+
+KINDS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
+
+
+def test_each_name_has_the_addresses_of_its_kind_in_each_domain(base):
+    prepare(base, {MAC: WEB, OTHER: {"name": "", "ipv4": "10.0.0.2"}})
+    run(base, INSTANCES_HOSTS_DOMAIN=".one,.two.example")
+    found = {}
+    for line in outputs(base)[".hosts"].splitlines():
+        address, *names = line.split()
+        for name in names:
+            found.setdefault(name, []).append(address)
+    subdomains = {"": ["ipv4", "ipv6_gua", "ipv6_ula"], **{f".{kind}": fields for kind, fields in KINDS.items()}}
+    assert found == {
+        f"Web{subdomain}{domain}": [WEB[field] for field in fields]
+        for subdomain, fields in subdomains.items()
+        for domain in (".one", ".two.example")
+    }
+
+
+def test_each_set_has_the_addresses_of_its_kind(base):
+    prepare(base, {MAC: WEB, OTHER: {"name": "", "ipv4": "10.0.0.2"}})
+    run(base, INSTANCES_ADDRESS_SETS="web,ghost")
+    text = outputs(base)[".nftables_sets"]
+    for kind, fields in KINDS.items():
+        web = [WEB[field] for field in fields]
+        others = ["10.0.0.2"] if kind == "v4" else []
+        for name, elements in (("all_", web + others), ("web.", web), ("ghost.", [])):
+            assert sets_of(text)[f"{name}{kind}.instance"] == elements
+            declared = text.partition(f"set {name}{kind}.instance {{\n")[2].splitlines()[0]
+            assert declared == f"    type {'ipv4' if kind == 'v4' else 'ipv6'}_addr"
+    check_nft(base)
 
 
 def test_listed_name_with_hyphens_in_any_case_is_filled(base):
