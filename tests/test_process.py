@@ -54,7 +54,7 @@ def test_force_works_without_a_marker(base, option):
 
 @pytest.mark.parametrize("option", [[], ["-f"], ["--force"]])
 def test_marker_is_taken_away_and_one_line_sums_up(base, option):
-    prepare(base, {MAC: WEB, OTHER: {"name": "", "ipv4": "10.0.0.2"}})
+    prepare(base, {MAC: WEB, OTHER: {"ipv4": "10.0.0.2"}})
     result = run(base, *option)
     assert (result.returncode, result.stdout) == (0, "")
     summary = "2 instances, 4 host addresses, 5 set elements, 10 address sets"
