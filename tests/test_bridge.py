@@ -57,6 +57,10 @@ class Bridge:
         if not on:
             self.host.run("nft", "delete", "table", "bridge", "instances")
 
+    def senders_dropped(self) -> str:
+        """Return the set of MAC addresses of which something was dropped since the chains were loaded."""
+        return self.host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+
     def gateways(self) -> str:
         """Return the bystander's default routes."""
         return self.bystander.run("ip", "-6", "route", "show", "default").stdout
@@ -363,14 +367,14 @@ def test_frame_with_one_field_that_is_not_the_sender_s_is_dropped(bridge, chain,
     assert bridge.registered.mac == "10:66:6a:4c:a1:12"
     bridge.guard(True)
     bridge.is_dropped(bridge.registered, frame(bridge.registered, bridge.victim), bool, f"instances_drop_{chain}")
+    assert bridge.registered.mac in bridge.senders_dropped()
 
 
 def test_frames_with_fields_of_the_sender_s_own_are_not_dropped(bridge):
     bridge.guard(True)
     bridge.registered.send(*(bytes(frame(bridge.registered, bridge.victim)) for frame in OWN.values()))
     assert bridge.registered.pings("10.83.0.1")  # what came before is done with
-    command = ("nft", "list", "set", "bridge", "instances", "instances_dropped")
-    assert bridge.registered.mac not in bridge.host.run(*command).stdout
+    assert bridge.registered.mac not in bridge.senders_dropped()
 
 
 def test_packet_in_fragments_arrives(bridge):
