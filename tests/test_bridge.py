@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import CHAINS, Host, wait_for
+from lab import CHAINS, Client, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
@@ -49,7 +49,8 @@ class Bridge:
         self.unregistered.run("ip", "address", "add", "10.83.0.66/24", "dev", "eth0")
         self.unregistered.run("ip", "address", "add", "2001:67c:83::66/80", "dev", "eth0", "nodad")
         host.process()
-        wait_for(lambda: HOST_LLA in self.gateways(), "a route by dnsmasq's router advertisement")
+        for client in clients:
+            wait_for(lambda c=client: HOST_LLA in self.gateways(c), "a route by dnsmasq's router advertisement")
 
     def guard(self, on: bool) -> None:
         """Load the chains, or take them away."""
@@ -61,9 +62,9 @@ class Bridge:
         """Return the set of MAC addresses of which something was dropped since the chains were loaded."""
         return self.host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
 
-    def gateways(self) -> str:
-        """Return the bystander's default routes."""
-        return self.bystander.run("ip", "-6", "route", "show", "default").stdout
+    def gateways(self, client: Client | None = None) -> str:
+        """Return a client's default routes, the bystander's if none is given."""
+        return (client or self.bystander).run("ip", "-6", "route", "show", "default").stdout
 
     def is_dropped(self, attacker, frame, effect, chain: str) -> None:
         """Check that three frames are dropped, a registered client's by that chain, and have no effect."""
@@ -433,7 +434,8 @@ def test_client_with_ipv6_only_gets_leases_behind_the_chains(bridge):
     client.dhcp6("six")
     bridge.host.process()
     bridge.host.load_chains()
-    assert client.pings("2001:67c:83::1") and client.pings(addresses(bridge.victim)["2001"])
+    for address in ("2001:67c:83::1", addresses(bridge.victim)["2001"]):
+        wait_for(lambda a=address: client.pings(a), f"a ping of {address}")
 
 
 @pytest.mark.parametrize("who", ATTACKERS)
