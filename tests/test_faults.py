@@ -22,6 +22,7 @@ UPDATE_RUN = (UPDATE, "add", MAC, "10.0.0.2")
 PROCESS_RUN = (PROCESS,)
 CHANGING = ("openat", "write", "fsync", "rename", "unlink")
 OTHERS = ("flock", "close", "fchown", "fchmod")  # a kill before a call that changes nothing is one before the next
+KILL = ("signal=KILL",)
 
 
 def traced(folder: Path, run: tuple, *options: str) -> subprocess.CompletedProcess:
@@ -119,9 +120,6 @@ def check_process(stages, folder: Path) -> None:
     assert up_to_date or "instances.updated" in now
     assert script(folder, PROCESS).returncode in ((0, 10) if up_to_date else (0,))
     assert contents(folder) == new
-
-
-KILL = ("signal=KILL",)
 
 
 def check_killed(check):
