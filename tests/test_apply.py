@@ -97,7 +97,7 @@ def test_nftables_example_drops_tags_and_other_protocols(applied, tag):
         return json.loads(counters)[0]["stats64"]["rx"]["packets"]
 
     def dropped():
-        listing = host.run("nft", "list", "chain", "bridge", "instances", "guard").stdout
+        listing = host.run("nft", "list", "table", "bridge", "instances").stdout
         return int(re.search(rf'packets (\d+) .*"{tag}"', listing)[1])
 
     before = received()
