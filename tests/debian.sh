@@ -1,0 +1,206 @@
+#!/bin/sh
+# usage: debian.sh here | RELEASE...
+# The life of the Debian package: built, checked, installed, configured by the steps that it prints, upgraded, removed,
+# installed again, purged. In a root of each release (trixie, bookworm), made in a temporary folder; or here: in a
+# temporary overlay of this machine, without what needs apt. As root; it changes nothing outside. BOOT_ROOT: a tar file
+# of a minimal root, instead of debootstrap. Exit status: 0 as expected, 1 not so, 77 can't be tried (1 with CI=true).
+# shellcheck disable=SC2016 # apt's own variables
+set -eu
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+say() { echo "debian.sh: $*" >&2; }
+fail() { say "FAILED: $*"; exit 1; }
+cannot() { say "$*"; [ "${CI-}" = true ] && exit 1; exit 77; }
+
+# ---- Outside: a folder, and namespaces that end with all that is in them ----
+if [ "${1-}" != inside ]; then
+    [ $# -gt 0 ] || { echo "usage: debian.sh here | RELEASE..." >&2; exit 2; }
+    [ "$(id -u)" -eq 0 ] || cannot "needs root"
+    export PATH="$PATH:/usr/sbin:/sbin"
+    for release in "$@"; do
+        folder=$(mktemp -d /var/tmp/debian.XXXXXX)
+        trap 'rm -rf --one-file-system "$folder"' EXIT
+        trap 'exit 130' INT TERM HUP
+        unshare --mount --propagation private --pid --fork --kill-child --mount-proc "$0" inside "$release" "$folder" </dev/null
+        rm -rf --one-file-system "$folder"
+    done
+    exit 0
+fi
+
+# ---- Inside: a root ----
+release=$2 folder=$3 root=$3/root
+started=$(date +%s)
+step() { say "$release, $(($(date +%s) - started)) s: $*"; }
+network=''
+# shellcheck disable=SC2086 # a command, or none
+run() {
+    $network chroot "$root" env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C \
+        DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 "$@" >"$folder/log" 2>&1
+}
+must() { run "$@" || { tail -n 20 "$folder/log" >&2; fail "$*"; }; }
+not() { ! "$@"; }
+
+step "a root"
+if [ "$release" = here ]; then
+    mount -t tmpfs tmpfs "$folder"
+    mkdir "$folder/upper" "$folder/work" "$root"
+    mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/upper,workdir=$folder/work" "$root" 2>/dev/null ||
+        cannot "no overlay can be mounted here"
+    [ -e "$root/var/lib/dpkg/status" ] || cannot "the machine's files are in more than one file system"
+    run dpkg --purge instances || :
+    rm -rf "$root/etc/instances"
+    mount -t tmpfs tmpfs "$root/run"
+    mount -t tmpfs tmpfs "$root/tmp"
+else
+    mkdir "$root"
+    if [ -n "${BOOT_ROOT-}" ]; then
+        tar -xf "$BOOT_ROOT" -C "$root"
+    else
+        mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') ||
+            cannot "apt has no Debian mirror"
+        debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 || cannot "debootstrap failed"
+    fi
+    cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+    apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
+    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" # nothing is started here
+    chmod 755 "$root/usr/sbin/policy-rc.d"
+fi
+mount -t proc proc "$root/proc"
+mount --rbind /dev "$root/dev"
+rm -rf "$root/root/instances"
+mkdir -p "$root/root/instances"
+tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
+
+# block N FILE: a page's fenced block of commands
+block() { awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }' "$top/$2"; }
+block 1 examples/debian/README.md >"$folder/lines"
+build=$(sed -n 1p "$folder/lines") install=$(sed -n 2p "$folder/lines")
+if [ "$release" = here ]; then
+    build=${build#*&& }
+    install="dpkg -i ./instances_*_all.deb"
+else
+    step "what it takes to look at it"
+    must apt-get update
+    must apt-get install -y --no-install-recommends systemd busybox udhcpc dnsmasq iproute2 lintian apparmor apparmor-profiles man-db
+    rm -f "$root/etc/dpkg/dpkg.cfg.d/docker" "$root/etc/dpkg/dpkg.cfg.d/excludes"
+fi
+
+step "built by the README"
+must sh -euc "cd root/instances; $build"
+package=$(cd "$root/root/instances" && echo instances_*_all.deb)
+version=${package#*_} version=${version%_all.deb}
+if [ "$release" != here ]; then
+    step "lintian"
+    must sh -euc "mkdir /root/source; cd /root/source
+        DEB_CHECK_COMMAND='lintian --fail-on=error,warning' /root/instances/examples/debian/build.sh"
+    not grep -E '^[EW]:' "$folder/log" || fail lintian
+    step "installed with apt, and purged: only what it depends on is left"
+    must sh -euc "cd root/instances; $install"
+    must apt-get purge -y instances
+    not ls -d "$root/etc/instances" "$root/etc/default/instances" "$root/usr/sbin/instances-apply" 2>/dev/null || fail "purge"
+fi
+# older VERSION: the same package with a lower version and another text of the settings
+older() {
+    must sh -euc "cd /root/instances; dpkg-deb -R $package /root/older
+        sed -i 's/^Version: .*/Version: $1/' /root/older/DEBIAN/control
+        echo '# $1' >>/root/older/etc/default/instances
+        dpkg-deb --root-owner-group -b /root/older instances_$1_all.deb; rm -r /root/older"
+}
+older "$version~1"
+older "$version~2"
+
+
+# ---- A network without a way out: a bridge, and a guest on it ----
+mkdir -p "$root/etc/dnsmasq.d" "$root/run/dnsmasq"
+touch "$folder/net"
+unshare --net="$folder/net" true
+network="nsenter --net=$folder/net"
+must sh -euc 'ip link set lo up
+    ip link add br0 address 10:66:6a:4c:a1:fe type bridge
+    ip link set br0 up
+    ip address add 10.83.0.1/24 dev br0
+    ip address add 2001:67c:83::1/80 dev br0 nodad
+    ip address add fd83:5eed::1/80 dev br0 nodad
+    ip netns add guest
+    ip link add guest0 type veth peer name eth0 address 10:66:6a:4c:a1:11 netns guest
+    ip link set guest0 master br0 up
+    ip -n guest link set eth0 up'
+files() { (cd "$root" && find etc run usr var/lib -xdev | grep -v -e ^var/lib/apt -e ^var/lib/dpkg -e ^usr/share/mime | sort); }
+files >"$folder/before"
+# left: what is there now and was not, but for a folder of which something else is
+left() { files | comm -13 "$folder/before" - | tr '\n' ' '; }
+dpkg_i() { must dpkg --force-confold -i "/root/instances/instances_$1_all.deb"; }
+has() { grep -q "$1" "$root/$2" || fail "$2 has no $1"; }
+guarded() { run nft list table bridge instances; }
+
+step "installed, a lower version: nothing is in force"
+dpkg_i "$version~2"
+sed -n 's/^  //p' "$folder/log" >"$folder/steps"
+[ -s "$folder/steps" ] || fail "it prints no next steps"
+[ -z "$(find "$root/etc/systemd/system" -name 'instances.*')" ] || fail "a unit is enabled"
+not guarded || fail "a table is there"
+
+step "upgraded: the settings, which nobody edited, are the new ones"
+dpkg_i "$version~1"
+has "^# $version~1" etc/default/instances
+not grep '^  ' "$folder/log" || fail "the next steps are printed again"
+
+step "configured by the printed next steps: a lease is registered, has a name and a guard"
+sed -i 's/ --now//' "$folder/steps" # systemd is not at work here: tests/boot.sh looks at that
+[ "$release" != here ] || sed -i '/^apt-get/d' "$folder/steps"
+must sh -euc "$(cat "$folder/steps")"
+[ "$(find "$root/etc/systemd/system" -name 'instances.*' | wc -l)" -eq 4 ] || fail "the units are not enabled"
+must instances-apply
+$network chroot "$root" dnsmasq --keep-in-foreground --conf-file=/etc/dnsmasq.d/br0.conf --user=root --no-resolv \
+    --pid-file --log-facility=- >"$folder/dnsmasq.log" 2>&1 &
+dnsmasq=$!
+must ip netns exec guest udhcpc -f -q -n -i eth0 -s /bin/true -t 20 -T 1 -x hostname:web
+for _ in $(seq 100); do [ -e "$root/var/lib/misc/instances.updated" ] && break; sleep 0.1; done
+must instances-apply
+has '"name": "web"' var/lib/misc/instances.json
+has ' web.instance.internal' var/lib/misc/instances.hosts.d/instances.hosts
+guarded || fail "no guard"
+has '10:66:6a:4c:a1:11' "../log"
+kill "$dnsmasq"
+wait "$dnsmasq" || :
+
+step "upgraded, with settings that were edited: they and all else stay, the new ones lie beside them"
+echo INSTANCES_ADDRESS_SETS=host,web >>"$root/etc/default/instances"
+cp "$root/var/lib/misc/instances.json" "$folder/registry"
+dpkg_i "$version"
+has '^INSTANCES_ADDRESS_SETS=host,web' etc/default/instances
+has "^# $version~1" etc/default/instances
+not grep -q "$version~1" "$root/etc/default/instances.dpkg-dist" || fail "the new settings are not there"
+guarded || fail "an upgrade takes the guard away"
+must dpkg --verify instances
+
+step "removed: nothing is in force, and what was known and said stays"
+must dpkg --remove instances
+not guarded || fail "the guard is left, to which nobody tells the news"
+not run sh -c 'command -v instances-apply || ls /run/instances' || fail "programs or notes are left"
+cmp "$root/var/lib/misc/instances.json" "$folder/registry" || fail "the registry"
+has '^INSTANCES_ADDRESS_SETS=host,web' etc/default/instances
+
+step "installed again: all is as it was"
+dpkg_i "$version"
+not grep '^  ' "$folder/log" || fail "the next steps are printed again"
+must instances-apply
+guarded || fail "no guard"
+must nft list table bridge instances
+
+step "purged: only what the administrator put there, and dnsmasq's leases, are left"
+must dpkg --purge instances
+not guarded || fail "the guard is left"
+expected="etc/dnsmasq.d/br0.conf etc/instances etc/instances/bridge.nft var/lib/misc/dnsmasq.br0.leases "
+[ "$(left)" = "$expected" ] || fail "left: $(left)"
+
+if [ "$release" != here ]; then
+    step "AppArmor takes the snippet, as said in README.Debian"
+    must apt-get install -y "/root/instances/$package"
+    must sh -euc "$(sed -n '/^  cat.*apparmor/,/^$/{ s/apparmor_parser -r/apparmor_parser -Q/; p }' \
+        "$top/examples/debian/debian/README.Debian")"
+    must sh -c 'apparmor_parser -N /etc/apparmor.d/usr.sbin.dnsmasq | grep instances_update'
+    step "the manual pages"
+    for page in instances-update.py instances-process.py instances-apply; do must man --warnings "$page"; done
+fi
+step "as expected"
