@@ -3,7 +3,8 @@
 # Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs by README.md,
 # and looks at what is in force in each case of a machine's life, while a guest asks for leases and tries an address of
 # another. As root; it changes nothing outside of the folder. BOOT_ROOT: a tar file of a minimal root, instead of
-# debootstrap. Exit status: 0 as expected, 1 not so, 77 no Debian can be made or booted here (1 with CI=true).
+# debootstrap. BOOT_PACKAGE=1: it installs the Debian package, by the lines of README.md and the steps that it prints.
+# Exit status: 0 as expected, 1 not so, 77 no Debian can be made or booted here (1 with CI=true).
 # shellcheck disable=SC2016,SC2317 # commands for the machine, and a trap
 set -eu
 
@@ -64,8 +65,13 @@ else
     debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 ||
         { tail -n 5 "$folder/log"; cannot "debootstrap failed"; }
 fi
-# README's packages wait in apt's cache for the machine, which has no network.
-sed -n '/^## Installing/,/^## /p' "$top/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/installing"
+# Under Installing, README's first block of commands is for the package, the second is by hand.
+block() {
+    sed -n '/^## Installing/,/^## /p' "$top/README.md" |
+        awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }'
+}
+block "$((2 - ${BOOT_PACKAGE:-0}))" >"$folder/installing"
+# Its packages wait in apt's cache for the machine, which has no network.
 cp -L /etc/resolv.conf "$root/etc/resolv.conf"
 apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
 echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/fast"
@@ -76,7 +82,8 @@ chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     rm -f /etc/apt/apt.conf.d/docker-clean
     apt-get update
     apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc
-    $(grep '^apt-get install' "$folder/installing" | sed 's/install/install --download-only/')
+    $({ cat "$folder/installing"; block 2; } | grep -o 'apt-get install [^&]*' | grep -v '\./' | sort -u |
+        sed 's/install/install --download-only/')
     systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log"; cannot "no packages"; }
 umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
@@ -197,6 +204,12 @@ until_true 20 "the guest" test -s /run/guest
 
 step "installed by README.md: the guest gets a lease and a name, and is held to its address"
 run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "Installing"; }
+if [ -n "${BOOT_PACKAGE-}" ]; then
+    [ -z "$(run nft list tables)$(run systemctl list-unit-files --no-legend --state=enabled 'instances*')" ] ||
+        fail "the package changes something before it is configured"
+    sed -n '/^instances: .*Next steps/,/^More/s/^  //p' "$folder/log" >"$folder/steps"
+    run sh -euc "$(cat "$folder/steps")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "the next steps"; }
+fi
 until_true 5 "the guard" sh -c "$guard"
 until_true 30 "the guest's name" sh -c "$name"
 asked=$(run cat /run/guest | wc -l)
@@ -266,13 +279,16 @@ not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for ea
 run rm /etc/instances/broken.nft
 works
 
-step "uninstalled by the README of examples/systemd: nothing is left"
-sed -n '/^To undo it/,$p' "$top/examples/systemd/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/undoing"
+undo=systemd
+[ -z "${BOOT_PACKAGE-}" ] || undo=debian
+step "uninstalled by the README of examples/$undo: nothing is left"
+sed -n '/^To undo it/,$p' "$top/examples/$undo/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/undoing"
 run sh -euc "$(cat "$folder/undoing")" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }
 [ -z "$(run systemctl list-unit-files --no-legend 'instances*')" ] || fail "units are left"
 [ -z "$(run nft list tables)" ] || fail "tables are left"
-left=$(run find /run /etc /usr/local -name '*instances*' -not -name 'instances-*.py')
+left=$(run find /run /etc /usr -name '*instances*' -not -name 'instances-*.py')
 [ -z "$left" ] || fail "files are left: $left"
-guest_is open
+[ "$undo" = debian ] || guest_is open # of the package's lines, one takes dnsmasq's configuration away
+until_true 20 "the guest is free" sh -c 'tail -n 1 /run/guest | grep -x open'
 halt
 step "as expected"

@@ -76,7 +76,7 @@ block() { awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++bloc
 block 1 examples/debian/README.md >"$folder/lines"
 build=$(sed -n 1p "$folder/lines") install=$(sed -n 2p "$folder/lines")
 if [ "$release" = here ]; then
-    build=${build#*&& }
+    build=${build##*&& }
     install="dpkg -i ./instances_*_all.deb"
 else
     step "what it takes to look at it"
@@ -135,7 +135,7 @@ guarded() { run nft list table bridge instances; }
 
 step "installed, a lower version: nothing is in force"
 dpkg_i "$version~2"
-sed -n 's/^  //p' "$folder/log" >"$folder/steps"
+sed -n '/Next steps/,/^More/s/^  //p' "$folder/log" >"$folder/steps"
 [ -s "$folder/steps" ] || fail "it prints no next steps"
 [ -z "$(find "$root/etc/systemd/system" -name 'instances.*')" ] || fail "a unit is enabled"
 not guarded || fail "a table is there"

@@ -1,0 +1,159 @@
+"""The Debian package: its contents, its pages, and its life in an overlay of this machine."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import need
+from lab import EXAMPLES, PROCESS, TOP, UPDATE, run
+
+FOLDER = EXAMPLES / "debian"
+DEBIAN = FOLDER / "debian"
+APPLY = EXAMPLES / "systemd" / "instances-apply"
+PROGRAMS = (UPDATE, PROCESS, APPLY)
+VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")
+
+
+def blocks(page: Path, heading: str = "") -> list[str]:
+    """Return the fenced blocks of commands in a page, or below one of its headings."""
+    text = page.read_text()
+    if heading:
+        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall("^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def indented(text: str) -> str:
+    """Return the lines of a text that are indented by two spaces."""
+    return "".join(re.findall("^  (.*\n)", text, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with all that build.sh made, and in `root` the contents of the package."""
+    need("dh", "dpkg-buildpackage")
+    folder, here = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("here")
+    keep = folder / "keep"
+    keep.write_text(f'#!/bin/sh\ncp "${{1%/*}}"/instances_* {folder}\n')
+    keep.chmod(0o755)
+    run(FOLDER / "build.sh", cwd=here, env=os.environ | {"DEB_CHECK_COMMAND": str(keep), "TMPDIR": str(folder)})
+    (package,) = here.iterdir()  # and nothing else is left here
+    run("dpkg-deb", "-x", package, folder / "root")
+    run("dpkg-deb", "-e", package, folder / "control")
+    return folder
+
+
+def test_package_has_the_scripts_with_debians_python(built):
+    for program in PROGRAMS:
+        installed = built / "root" / "usr" / "sbin" / program.name
+        assert installed.stat().st_mode & 0o777 == 0o755
+        first, *rest = installed.read_text().splitlines()
+        assert first == {".py": "#!/usr/bin/python3", "": "#!/bin/sh"}[program.suffix]
+        assert rest == program.read_text().splitlines()[1:]
+
+
+def test_package_has_units_and_examples_with_its_own_paths(built):
+    examples = built / "root" / "usr" / "share" / "doc" / "instances" / "examples"
+    sources = [EXAMPLES / "systemd" / f"instances.{kind}" for kind in ("path", "service", "timer")]
+    sources += [EXAMPLES / "nftables" / "bridge.nft", EXAMPLES / "nftables" / "firewall.nft"]
+    sources += [EXAMPLES / "dnsmasq" / "br0.conf", FOLDER / "usr.sbin.dnsmasq"]
+    named = set()
+    for source in sources:
+        (installed,) = (built / "root").rglob(source.name)
+        assert installed.is_relative_to(examples) != source.name.startswith("instances.")
+        text = installed.read_text()
+        assert text == source.read_text().replace("/usr/local/sbin/instances", "/usr/sbin/instances")
+        named |= set(re.findall("/usr/[a-z/]*sbin/instances[a-z.-]*", text))
+    assert named == {"/usr/sbin/instances-update.py", "/usr/sbin/instances-apply"}
+
+
+def test_version_is_that_of_the_changelog(built):
+    version = run("dpkg-parsechangelog", "-l", DEBIAN / "changelog", "-S", "Version").stdout.strip()
+    assert (built / f"instances_{version}_all.deb").exists()
+
+
+def test_settings_are_a_conffile_in_which_nothing_is_set(built):
+    assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
+    text = (built / "root" / "etc" / "default" / "instances").read_text()
+    assert all(line.startswith("#") for line in text.splitlines() if line)
+    table = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
+    assert len(table) == 4
+    assert re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE) == [(name, re.sub("^none$", "", v)) for name, v in table]
+
+
+def test_lintian_finds_no_error_or_warning(built):
+    need("lintian")
+    (changes,) = built.glob("*.changes")
+    result = run("lintian", "--fail-on=error,warning", "--display-info", changes, check=False)
+    assert result.returncode == 0 and not re.search("^[EW]:", result.stdout, re.MULTILINE), result.stdout
+
+
+def test_each_override_of_lintian_is_explained():
+    lines = (DEBIAN / "instances.lintian-overrides").read_text().splitlines()
+    assert lines[1::2] and all(line.startswith("# ") for line in lines[::2])
+    assert all(line.startswith("instances: ") for line in lines[1::2])
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_manual_page_says_what_the_program_does(built, program):
+    need("man")
+    (page,) = (built / "root" / "usr" / "share" / "man" / "man8").glob(f"{program.name}.8*")
+    result = run("man", "--warnings", "-l", page, env=os.environ | {"MANWIDTH": "200", "LC_ALL": "C.UTF-8"})
+    assert result.stderr == ""
+    text = re.sub(".\b", "", result.stdout)
+    sections = dict(re.findall("^([A-Z ]+)\n(.*?)(?=^[A-Z])", text, re.MULTILINE | re.DOTALL))
+    source = program.read_text()
+    if program == APPLY:
+        usage, variables = source, set(VARIABLE.findall(source))
+        statuses = {"0", "1", "2"}
+    else:
+        usage = run(program, "--help").stdout
+        variables = set(VARIABLE.findall(source))
+        statuses = set(re.findall(r"(?:Exit status: |, )(\d+) ", usage))
+    lines = re.findall(rf"^(?:# )?(?:usage: | {{7}}){program.name}(.*?)(?:  .*)?$", usage, re.MULTILINE)
+    synopsis = [line.split(program.name)[1] for line in sections["SYNOPSIS"].splitlines() if line.strip()]
+    assert [re.sub(r"[ ]*\|[ ]*", "|", line).strip() for line in synopsis] == [
+        re.sub(r"[ ]*\|[ ]*", "|", line).strip() for line in lines
+    ]
+    assert set(VARIABLE.findall(sections["ENVIRONMENT"])) == variables
+    assert set(re.findall(r"--[a-z]+", text)) - {"--help"} == set(re.findall(r"--[a-z]+", usage)) - {"--help"}
+    assert set(re.findall(r"^ {5}(\d+)", sections["EXIT STATUS"], re.MULTILINE)) == statuses
+    for name, default in re.findall(r"^\| `(\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE):
+        if name in variables:
+            assert re.search(rf"{name}\n[^\n]*by default ‘?{re.escape(default)}’?$", text, re.MULTILINE), name
+
+
+def test_printed_next_steps_are_those_of_the_pages():
+    steps = indented((DEBIAN / "instances.postinst").read_text().split("STEPS")[1])
+    assert steps.startswith("mkdir") and steps.endswith("dnsmasq\n")
+    readme = (DEBIAN / "README.Debian").read_text()
+    assert indented(readme.split("Next steps\n---")[1].split("\n---")[0]) == steps
+    by_hand = blocks(TOP / "README.md", "Installing")[1]
+    for command in ("instances-update.py --initialize", "systemctl enable", "systemctl restart"):
+        assert re.search(f"^{command}.*", steps, re.MULTILINE)[0] in by_hand
+
+
+def test_both_pages_build_and_install_by_the_same_lines():
+    lines = blocks(TOP / "README.md", "Installing")[0]
+    assert lines == blocks(FOLDER / "README.md")[0] and lines.count("\n") == 2
+
+
+def test_apparmor_takes_the_snippet_in_a_profile_of_dnsmasq(tmp_path):
+    need("apparmor_parser")
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    profile = tmp_path / "usr.sbin.dnsmasq"
+    body = f"include <tunables/global>\nprofile dnsmasq /usr/sbin/dnsmasq {{\ninclude \"{FOLDER / 'usr.sbin.dnsmasq'}\"\n}}\n"
+    profile.write_text(body)
+    parser = shutil.which("apparmor_parser", path=path)
+    run(parser, "-Q", "-K", profile)
+    assert run(parser, "-N", profile).stdout.split() == ["dnsmasq", "dnsmasq//instances_update"]
+
+
+def test_life_of_the_package_from_build_to_purge():
+    need("dh", "dpkg", "unshare", "nsenter", "nft", "ip", "dnsmasq", "udhcpc", "systemctl")
+    result = subprocess.run([TOP / "tests" / "debian.sh", "here"], capture_output=True, text=True)
+    if result.returncode == 77:
+        pytest.skip(result.stderr.splitlines()[-1])
+    assert result.returncode == 0, result.stderr
