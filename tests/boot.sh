@@ -207,7 +207,7 @@ run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&
 if [ -n "${BOOT_PACKAGE-}" ]; then
     [ -z "$(run nft list tables)$(run systemctl list-unit-files --no-legend --state=enabled 'instances*')" ] ||
         fail "the package changes something before it is configured"
-    sed -n '/^instances: .*Next steps/,/^More/s/^  //p' "$folder/log" >"$folder/steps"
+    tr -d '\r' <"$folder/log" | sed -n '/^instances: .*Next steps/,/^More/s/^  //p' >"$folder/steps"
     run sh -euc "$(cat "$folder/steps")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "the next steps"; }
 fi
 until_true 5 "the guard" sh -c "$guard"

@@ -53,6 +53,7 @@ if [ "$release" = here ]; then
     mount -t tmpfs tmpfs "$root/tmp"
 else
     mkdir "$root"
+    mount --bind "$root" "$root"
     if [ -n "${BOOT_ROOT-}" ]; then
         tar -xf "$BOOT_ROOT" -C "$root"
     else

@@ -15,6 +15,7 @@ DEBIAN = FOLDER / "debian"
 APPLY = EXAMPLES / "systemd" / "instances-apply"
 PROGRAMS = (UPDATE, PROCESS, APPLY)
 VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")
+DEFAULTS = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
 
 
 def blocks(page: Path, heading: str = "") -> list[str]:
@@ -78,9 +79,9 @@ def test_settings_are_a_conffile_in_which_nothing_is_set(built):
     assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
     text = (built / "root" / "etc" / "default" / "instances").read_text()
     assert all(line.startswith("#") for line in text.splitlines() if line)
-    table = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
-    assert len(table) == 4
-    assert re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE) == [(name, re.sub("^none$", "", v)) for name, v in table]
+    assert len(DEFAULTS) == 4
+    shown = [(name, value or "none") for name, value in re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE)]
+    assert shown == DEFAULTS
 
 
 def test_lintian_finds_no_error_or_warning(built):
@@ -105,12 +106,11 @@ def test_manual_page_says_what_the_program_does(built, program):
     text = re.sub(".\b", "", result.stdout)
     sections = dict(re.findall("^([A-Z ]+)\n(.*?)(?=^[A-Z])", text, re.MULTILINE | re.DOTALL))
     source = program.read_text()
+    variables = set(VARIABLE.findall(source))
     if program == APPLY:
-        usage, variables = source, set(VARIABLE.findall(source))
-        statuses = {"0", "1", "2"}
+        usage, statuses = re.search("^# usage: .*", source, re.MULTILINE)[0], {"0", "1", "2"}
     else:
         usage = run(program, "--help").stdout
-        variables = set(VARIABLE.findall(source))
         statuses = set(re.findall(r"(?:Exit status: |, )(\d+) ", usage))
     lines = re.findall(rf"^(?:# )?(?:usage: | {{7}}){program.name}(.*?)(?:  .*)?$", usage, re.MULTILINE)
     synopsis = [line.split(program.name)[1] for line in sections["SYNOPSIS"].splitlines() if line.strip()]
@@ -120,7 +120,7 @@ def test_manual_page_says_what_the_program_does(built, program):
     assert set(VARIABLE.findall(sections["ENVIRONMENT"])) == variables
     assert set(re.findall(r"--[a-z]+", text)) - {"--help"} == set(re.findall(r"--[a-z]+", usage)) - {"--help"}
     assert set(re.findall(r"^ {5}(\d+)", sections["EXIT STATUS"], re.MULTILINE)) == statuses
-    for name, default in re.findall(r"^\| `(\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE):
+    for name, default in DEFAULTS:
         if name in variables:
             assert re.search(rf"{name}\n[^\n]*by default ‘?{re.escape(default)}’?$", text, re.MULTILINE), name
 
@@ -144,8 +144,8 @@ def test_apparmor_takes_the_snippet_in_a_profile_of_dnsmasq(tmp_path):
     need("apparmor_parser")
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     profile = tmp_path / "usr.sbin.dnsmasq"
-    body = f"include <tunables/global>\nprofile dnsmasq /usr/sbin/dnsmasq {{\ninclude \"{FOLDER / 'usr.sbin.dnsmasq'}\"\n}}\n"
-    profile.write_text(body)
+    snippet = f'include "{FOLDER / "usr.sbin.dnsmasq"}"'
+    profile.write_text(f"include <tunables/global>\nprofile dnsmasq /usr/sbin/dnsmasq {{\n{snippet}\n}}\n")
     parser = shutil.which("apparmor_parser", path=path)
     run(parser, "-Q", "-K", profile)
     assert run(parser, "-N", profile).stdout.split() == ["dnsmasq", "dnsmasq//instances_update"]
