@@ -4,7 +4,7 @@
 # installed again, purged. In a root of each release (trixie, bookworm), made in a temporary folder; or here: in a
 # temporary overlay of this machine, without what needs apt. As root; it changes nothing outside. BOOT_ROOT: a tar file
 # of a minimal root, instead of debootstrap. Exit status: 0 as expected, 1 not so, 77 can't be tried (1 with CI=true).
-# shellcheck disable=SC2016 # apt's own variables
+# shellcheck disable=SC2016,SC2317 # apt's own variables, and a trap
 set -eu
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -17,11 +17,21 @@ if [ "${1-}" != inside ]; then
     [ $# -gt 0 ] || { echo "usage: debian.sh here | RELEASE..." >&2; exit 2; }
     [ "$(id -u)" -eq 0 ] || cannot "needs root"
     export PATH="$PATH:/usr/sbin:/sbin"
+    folder='' inside=''
+    clear_up() {
+        if [ -n "$inside" ]; then kill -KILL "$inside"; wait "$inside" || :; fi
+        [ -z "$folder" ] || rm -rf --one-file-system "$folder"
+    }
+    trap clear_up EXIT
+    trap 'exit 130' INT TERM HUP
     for release in "$@"; do
-        folder=$(mktemp -d /var/tmp/debian.XXXXXX)
-        trap 'rm -rf --one-file-system "$folder"' EXIT
-        trap 'exit 130' INT TERM HUP
-        unshare --mount --propagation private --pid --fork --kill-child --mount-proc "$0" inside "$release" "$folder" </dev/null
+        folder=$(mktemp -d /var/tmp/debian.XXXXXX) status=0
+        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+            "$0" inside "$release" "$folder" </dev/null &
+        inside=$!
+        wait "$inside" || status=$?
+        inside=''
+        [ "$status" -eq 0 ] || exit "$status"
         rm -rf --one-file-system "$folder"
     done
     exit 0
@@ -39,6 +49,12 @@ run() {
 }
 must() { run "$@" || { tail -n 20 "$folder/log" >&2; fail "$*"; }; }
 not() { ! "$@"; }
+# cut_off: what is run from now on has a network of its own, without a way out
+cut_off() {
+    touch "$folder/net"
+    unshare --net="$folder/net" true
+    network="nsenter --net=$folder/net"
+}
 
 step "a root"
 if [ "$release" = here ]; then
@@ -47,10 +63,11 @@ if [ "$release" = here ]; then
     mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/upper,workdir=$folder/work" "$root" 2>/dev/null ||
         cannot "no overlay can be mounted here"
     [ -e "$root/var/lib/dpkg/status" ] || cannot "the machine's files are in more than one file system"
-    run dpkg --purge instances || :
-    rm -rf "$root/etc/instances"
     mount -t tmpfs tmpfs "$root/run"
     mount -t tmpfs tmpfs "$root/tmp"
+    cut_off
+    run dpkg --purge instances || : # and what was installed by hand
+    find "$root/etc" "$root/var/lib/misc" "$root/usr/local/sbin" -name 'instances*' -prune -exec rm -rf {} +
 else
     mkdir "$root"
     mount --bind "$root" "$root"
@@ -82,7 +99,7 @@ if [ "$release" = here ]; then
 else
     step "what it takes to look at it"
     must apt-get update
-    must apt-get install -y --no-install-recommends systemd busybox udhcpc dnsmasq iproute2 lintian apparmor apparmor-profiles
+    must apt-get install -y --no-install-recommends systemd udhcpc dnsmasq iproute2 lintian apparmor apparmor-profiles
 fi
 
 step "built by the README"
@@ -110,11 +127,9 @@ older "$version~1"
 older "$version~2"
 
 
-# ---- A network without a way out: a bridge, and a guest on it ----
+# ---- A bridge, and a guest on it ----
 mkdir -p "$root/etc/dnsmasq.d" "$root/run/dnsmasq"
-touch "$folder/net"
-unshare --net="$folder/net" true
-network="nsenter --net=$folder/net"
+[ -n "$network" ] || cut_off
 must sh -euc 'ip link set lo up
     ip link add br0 address 10:66:6a:4c:a1:fe type bridge
     ip link set br0 up
@@ -173,6 +188,7 @@ has "^# $version~1" etc/default/instances
 not grep -q "$version~1" "$root/etc/default/instances.dpkg-dist" || fail "the new settings are not there"
 guarded || fail "an upgrade takes the guard away"
 must dpkg --verify instances
+not grep -v ' c /etc/default/instances$' "$folder/log" || fail "files are not those of the package"
 
 step "removed: nothing is in force, and what was known and said stays"
 must dpkg --remove instances
