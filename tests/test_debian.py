@@ -40,8 +40,9 @@ def built(tmp_path_factory):
     keep = folder / "keep"
     keep.write_text(f'#!/bin/sh\ncp "${{1%/*}}"/instances_* {folder}\n')
     keep.chmod(0o755)
+    (here / "instances_0.1_all.deb").touch()  # of a former build
     run(FOLDER / "build.sh", cwd=here, env=os.environ | {"DEB_CHECK_COMMAND": str(keep), "TMPDIR": str(folder)})
-    (package,) = here.iterdir()  # and nothing else is left here
+    (package,) = here.iterdir()  # and nothing else is here
     run("dpkg-deb", "-x", package, folder / "root")
     run("dpkg-deb", "-e", package, folder / "control")
     return folder

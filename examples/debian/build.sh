@@ -1,6 +1,7 @@
 #!/bin/sh
 # usage: build.sh
-# Builds the Debian package of the checkout that this script is in, and leaves it in the folder where you are.
+# Builds the Debian package of the checkout that this script is in, and leaves it in the folder where you are, in place
+# of another version: README's instances_*_all.deb is one file.
 set -eu
 
 [ $# -eq 0 ] || { echo "usage: build.sh" >&2; exit 2; }
@@ -24,5 +25,6 @@ sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py ins
 # Scripts need no compiler, so -I: what every package is thought to need may be missing.
 dpkg-checkbuilddeps -I
 dpkg-buildpackage --no-check-builddeps --no-sign
+rm -f "$here"/instances_*_all.deb
 cp ../instances_*_all.deb "$here"
 echo "build.sh: made $(cd .. && echo instances_*_all.deb)" >&2
