@@ -77,6 +77,15 @@ def test_version_is_that_of_the_changelog(built):
     assert (built / f"instances_{version}_all.deb").exists()
 
 
+def test_upgrade_stops_no_unit_and_restarts_those_that_run(built):
+    scripts = {path.name: path.read_text() for path in (built / "control").glob("p*")}
+    assert scripts.keys() == {"postinst", "prerm", "postrm"}  # debhelper's preinst would stop them
+    invoked = re.findall(r"deb-systemd-invoke (\S+) (.*) >", scripts["postinst"])
+    assert [(word, sorted(re.findall(r"instances\.\w+", units))) for word, units in invoked] == [
+        ("try-restart", ["instances.path", "instances.service", "instances.timer"])
+    ]
+
+
 def test_settings_are_a_conffile_in_which_nothing_is_set(built):
     assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
     text = (built / "root" / "etc" / "default" / "instances").read_text()
