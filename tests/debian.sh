@@ -126,7 +126,6 @@ older() {
 older "$version~1"
 older "$version~2"
 
-
 # ---- A bridge, and a guest on it ----
 mkdir -p "$root/etc/dnsmasq.d" "$root/run/dnsmasq"
 [ -n "$network" ] || cut_off
@@ -142,7 +141,7 @@ must sh -euc 'ip link set lo up
     ip -n guest link set eth0 up'
 files() { (cd "$root" && find etc run usr var/lib -xdev | grep -v -e ^var/lib/apt -e ^var/lib/dpkg -e ^usr/share/mime | sort); }
 files >"$folder/before"
-# left: what is there now and was not, but for a folder of which something else is
+# left: what is there now and was not
 left() { files | comm -13 "$folder/before" - | tr '\n' ' '; }
 dpkg_i() { must dpkg --force-confold -i "/root/instances/instances_$1_all.deb"; }
 has() { grep -q "$1" "$root/$2" || fail "$2 has no $1"; }
@@ -202,7 +201,6 @@ dpkg_i "$version"
 not grep '^  ' "$folder/log" || fail "the next steps are printed again"
 must instances-apply
 guarded || fail "no guard"
-must nft list table bridge instances
 
 step "purged: only what the administrator put there, and dnsmasq's leases, are left"
 must dpkg --purge instances
