@@ -168,7 +168,9 @@ def test_settings_that_are_not_there_or_broken_change_nothing(applied):
         applied.settings.unlink() if text is None else applied.settings.write_text(text)
         assert applied.apply(check=False).returncode != 0
         assert applied.tables() == set() and not applied.hosts.exists()
-    assert applied.host.run(APPLY, "a", "b", check=False).stderr == "usage: instances-apply [SETTINGS]\n"
+    for wrong in (("a", "b"), ("--help",), ("",)):
+        result = applied.host.run(APPLY, *wrong, check=False)
+        assert (result.returncode, result.stderr) == (2, "usage: instances-apply [SETTINGS]\n")
 
 
 def test_another_base_refuses_the_rules_of_the_former_one(applied):
