@@ -309,7 +309,7 @@ def hosts_text(instances, domains):
     for domain in domains:
         names = {field: " ".join(f"*{sub}{domain}" for sub in subs) for field, subs in FIELDS.items()}
         for _, name, addresses in instances:
-            if name:  # one replacement a line is four times faster than to format each name
+            if name:  # to replace once a line is twice as fast as to format each name
                 lines += [f"{address} {names[field].replace('*', name)}\n" for field, address in addresses.items()]
     return "".join(lines)
 
