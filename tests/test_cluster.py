@@ -59,7 +59,7 @@ def join(host: Host, mac: str, name: str, both: bool = True):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Hosts a and b after the README's commands, run twice."""
-    need(*PROGRAMS)
+    need("sysctl", *PROGRAMS)
     hosts = []
     try:
         for number, letter in ((1, "a"), (2, "b")):

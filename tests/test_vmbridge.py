@@ -165,7 +165,7 @@ def test_vmbridge_status_tells_what_is_gone_and_start_restores_it(vmbridge):
         assert status.returncode == 1 and told in status.stdout
         assert "runs already" in vmbridge("start", "nat").stdout
         assert vmbridge("status").returncode == 0 and vmbridge.ruleset() == made and vmbridge.forwards()
-    vmbridge.host.run("kill", "-9", pid)
+    os.kill(int(pid), signal.SIGKILL)
     wait_for(lambda: not is_alive(pid), "its end")
     assert vmbridge("status").returncode == 1 and "ended by itself" in vmbridge("status").stdout
     assert vmbridge("start", "nat").returncode == 0 and vmbridge("status").returncode == 0
