@@ -246,12 +246,8 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         return main(sys.argv[1:])
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyboardInterrupt,
-    ) as error:  # filelock's for file systems is a RuntimeError
+    # filelock says by a RuntimeError that a file system has no locks
+    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         say(f"error: {str(error) or 'interrupted'}")
         return 1
 

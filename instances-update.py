@@ -152,12 +152,8 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         return main(sys.argv[1:])
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyboardInterrupt,
-    ) as error:  # filelock's for file systems is a RuntimeError
+    # filelock says by a RuntimeError that a file system has no locks
+    except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
         say(f"error: {str(error) or 'interrupted'}")
         return 1
 
@@ -172,22 +168,22 @@ def link_local(mac):
     return inet_ntop(AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
 
 
-def holders(registry, field, value):
-    """Return the MAC addresses of the instances that have an address, or a name in any case (RFC 4343)."""
+def others(registry, mac, field, value):
+    """Return the MAC addresses of the other instances that have an address, or a name in any case (RFC 4343)."""
     if field == "name":
-        return [mac for mac, i in registry.items() if str(i.get("name") or "").lower() == value.lower()]
-    return [mac for mac, i in registry.items() if i.get(field) == value]
+        return [m for m, i in registry.items() if m != mac and str(i.get("name") or "").lower() == value.lower()]
+    return [m for m, i in registry.items() if m != mac and i.get(field) == value]
 
 
 def assign(registry, mac, field, value):
     """Give a name or address to one instance and take it from all others; return whether that changed any."""
-    others = [other for other in holders(registry, field, value) if other != mac]
-    for other in others:
+    holders = others(registry, mac, field, value)
+    for other in holders:
         if field == "name":
             registry[other]["name"] = ""
         else:
             del registry[other][field]
-    changed = bool(others) or registry[mac].get(field) != value
+    changed = bool(holders) or registry[mac].get(field) != value
     registry[mac][field] = value
     return changed
 
@@ -202,17 +198,17 @@ def register(registry, mac, ip, hostname, kind):
     field, address = parse_address(ip)
     changes, warnings = [], []
     if mac not in registry:
-        if hostname and (not is_name(hostname) or holders(registry, "name", hostname)):
+        if hostname and (not is_name(hostname) or others(registry, mac, "name", hostname)):
             warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
             hostname = ""
         registry[mac] = {"name": hostname, "ipv6_lla": link_local(mac)}
         changes.append("new")
     instance = registry[mac]
-    others = [other for other in holders(registry, field, address) if other != mac]
+    holders = others(registry, mac, field, address)
     if field not in LEASED:
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
-    elif others and not (kind == "add" and field == "ipv4"):
-        warnings.append(f"{mac}: {address} is not registered, {others[0]} has it")
+    elif holders and not (kind == "add" and field == "ipv4"):
+        warnings.append(f"{mac}: {address} is not registered, {holders[0]} has it")
     elif kind == "reminder" and instance.get(field) not in (None, "", address):
         warnings.append(f"{mac} keeps {instance[field]}: {address} is not registered")
     elif assign(registry, mac, field, address):

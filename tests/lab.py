@@ -15,6 +15,7 @@ TOP = Path(__file__).parent.parent
 UPDATE = TOP / "instances-update.py"
 PROCESS = TOP / "instances-process.py"
 EXAMPLES = TOP / "examples"
+APPLY = EXAMPLES / "systemd" / "instances-apply"
 DOMAIN = "instance.internal"
 HOST_MAC = "10:66:6a:4c:a1:fe"
 BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
@@ -254,19 +255,25 @@ class Host(Namespace):
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
 
+    def write_settings(self, **variables: str) -> Path:
+        """Write settings for instances-apply, which keep it to this host's folder, and these; return their file."""
+        folders = {"INSTANCES_RULES": f"{self.folder}/rules", "INSTANCES_RUN": f"{self.folder}/run"}
+        settings = environment(self.base, **(folders | variables))
+        file = self.folder / "settings"
+        file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+        return file
+
     def start_guarded(self) -> None:
         """As after a boot: the guard is on, then dnsmasq starts, and the service's work is done on each marker."""
-        rules, apply = self.folder / "rules", EXAMPLES / "systemd" / "instances-apply"
+        rules = self.folder / "rules"
         rules.mkdir()
         self.example("nftables/bridge.nft").rename(rules / "bridge.nft")
         self.update("--initialize", "br0", "host")
-        settings = environment(self.base, INSTANCES_RULES=str(rules), INSTANCES_RUN=str(self.folder / "run"))
-        file = self.folder / "settings"
-        file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
-        self.run(apply, file)
+        settings = self.write_settings()
+        self.run(APPLY, settings)
         service = 'while sleep 0.05; do [ ! -e "$1" ] || "$2" "$3"; done'
         with open(self.folder / "service.log", "w") as log:
-            self.start("sh", "-c", service, "sh", f"{self.base}.updated", apply, file, stdout=log, stderr=log)
+            self.start("sh", "-c", service, "sh", f"{self.base}.updated", APPLY, settings, stdout=log, stderr=log)
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
 
     def example(self, name: str) -> Path:

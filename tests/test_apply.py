@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, TOP, Host, run, wait_for
+from lab import APPLY, EXAMPLES, Host, run, wait_for
 
 pytestmark = pytest.mark.slow
-APPLY = EXAMPLES / "systemd" / "instances-apply"
-PATH = f"{TOP}:{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
 TABLES = {"bridge instances", "bridge instances_asked", "inet instances"}  # of the two examples
 WEB = ("10:66:6a:4c:a1:11", "10.83.0.11", "web")
 
@@ -33,9 +31,7 @@ class Applied:
 
     def write_settings(self, **settings: str) -> None:
         """Write the settings, of this host and these."""
-        folders = {"INSTANCES_BASE_PATH": self.host.base, "INSTANCES_RULES": self.rules, "INSTANCES_RUN": self.notes}
-        self.settings = self.host.folder / "settings"
-        self.settings.write_text("".join(f"{k}='{v}'\n" for k, v in ({"PATH": PATH} | folders | settings).items()))
+        self.settings = self.host.write_settings(**settings)
 
     def apply(self, check: bool = True, **options) -> subprocess.CompletedProcess:
         return self.host.run(APPLY, self.settings, check=check, **options)

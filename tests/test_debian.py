@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, PROCESS, TOP, UPDATE, run
+from lab import APPLY, EXAMPLES, PROCESS, TOP, UPDATE, run
 
 FOLDER = EXAMPLES / "debian"
 DEBIAN = FOLDER / "debian"
-APPLY = EXAMPLES / "systemd" / "instances-apply"
 PROGRAMS = (UPDATE, PROCESS, APPLY)
 pytestmark = pytest.mark.slow
 VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, HOST_MAC, UPDATE, Host, wait_for
+from lab import APPLY, HOST_MAC, UPDATE, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ class Bridge:
 
     def settle(self) -> None:
         """Do the service's work, after what it does now."""
-        self.host.run(EXAMPLES / "systemd" / "instances-apply", self.host.folder / "settings")
+        self.host.run(APPLY, self.host.folder / "settings")
 
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
@@ -297,7 +297,7 @@ FORGED = {  # what the registry itself does not believe, as dnsmasq does
 @pytest.mark.parametrize("attack", FORGED)
 def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     attacker, script = getattr(bridge, who), bridge.host.folder / "credulous.py"
-    text, count = re.subn('elif (others|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
+    text, count = re.subn('elif (holders|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
     assert count == 2
     script.write_text(text)
     script.chmod(0o755)
