@@ -17,11 +17,27 @@ Where instances-update.py left its marker, or with --force: make BASE.hosts, BAS
 BASE.nftables_sets of BASE.json. BASE is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID], by default
 /var/lib/misc/instances. INSTANCES_ADDRESS_SETS lists names that get address sets (host), and
 INSTANCES_HOSTS_DOMAIN the domains of host names (.instance.internal), with commas between them.
+With INSTANCES_GUARD=observe the chains count and name what they would drop, and let it pass (enforce).
 Exit status: 0 done, 10 no marker so nothing to do, 1 error and the marker left, 2 wrong usage."""
 
 CHAINS = """\
-# A frame's fields can't be compared with each other, but looked up beside each other in a set of pairs: of the frame's
-# MAC address with itself, and with what its link-local address has of it, a bit flipped (RFC 4291, appendix A).
+# Fields that nftables has no name for, by their offset and length in bits:
+#   @ll,48,24 . @ll,72,24      the two halves of the frame's source MAC address
+#   @nh,64,128                 the source address of IPv6
+#   @nh,64,64                  its prefix
+#   @nh,128,24 . @nh,168,24    the halves of the MAC address that it is made from (RFC 4291, appendix A), and between
+#   @nh,152,16                 them ff:fe
+#   @th,64,128, @th,64,64 ...  the same of the target of a neighbour solicitation or advertisement (RFC 4861)
+#   @th,64,16 or @th,192,16    the type and length of the first option of a router solicitation, or of one of these two,
+#   @th,80,24 . @th,104,24     and the MAC address in that option
+#   @th,208,24 . @th,232,24
+#   @th,64,24, @th,256,32      operation, hardware type and length, and relay agent of a DHCP message (RFC 2131)
+#   @th,288,24 . @th,312,24    the client's MAC address in it
+#   @th,64,8                   the type of a DHCPv6 message (RFC 8415)
+# What is counted from @th is found behind extension headers, too; what is counted from @nh would not be.
+#
+# nftables can't compare a frame's fields with each other. So each is put into a set beside itself, and looked up beside
+# the other: that pair is there only if both are equal. The second set has one bit of the MAC address flipped.
 set instances_same_mac {
     typeof @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24
     size 65536; flags dynamic,timeout; timeout 1m
@@ -30,14 +46,28 @@ set instances_same_eui64 {
     typeof @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24
     size 65536; flags dynamic,timeout; timeout 1m
 }
-# The senders of what was dropped since this was loaded
+# A link-local address that is not made from a MAC address belongs to who sends from it first (RFC 6620): these are the
+# owners of addresses, the addresses that have an owner, and how many each MAC address has claimed lately.
+set instances_claims {
+    typeof @th,64,128 . ether saddr
+    size 65536; flags dynamic,timeout; timeout 1d
+}
+set instances_claimed {
+    typeof @th,64,128
+    size 65536; flags dynamic,timeout; timeout 1d
+}
+set instances_claiming {
+    type ether_addr
+    size 65536; flags dynamic,timeout; timeout 1d
+}
+# Who sent what was dropped, and how much of it
 set instances_dropped {
     type ether_addr
     size 65536; flags dynamic; counter
 }
 chain instances_drop {
     update @instances_dropped { ether saddr }
-    drop
+    goto instances_verdict
 }
 # Use: ether type arp goto instances_drop_arp
 chain instances_drop_arp {
@@ -47,32 +77,50 @@ chain instances_drop_arp {
 }
 # Use: ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
 chain instances_drop_ndp {
+    # Neighbour discovery does not come in fragments (RFC 6980).
+    exthdr frag exists counter goto instances_drop
     @th,64,128 . ether saddr @instances_ip6 return
     update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
     @th,64,64 0xfe80000000000000 @th,152,16 0xfffe @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 \\
         @instances_same_eui64 return
+    @th,64,64 0xfe80000000000000 @th,152,16 != 0xfffe goto instances_claim_target
     counter goto instances_drop
 }
 # Use: ether type ip jump instances_drop_ip
 chain instances_drop_ip {
     ip saddr . ether saddr @instances_ip return
-    ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 return
+    ip saddr . ether saddr @instances_net return
+    ip saddr 0.0.0.0 ip daddr 255.255.255.255 ip frag-off & 0x3fff == 0 udp sport 68 udp dport 67 return
     counter goto instances_drop
 }
 # Use: ether type ip6 jump instances_drop_ip6
 chain instances_drop_ip6 {
+    meta l4proto != 58 @nh,64,128 . ether saddr @instances_ip6 return
     # Duplicate address detection, router solicitation and listener reports of a sender without an address
     ip6 saddr :: icmpv6 type nd-neighbor-solicit goto instances_drop_ndp
     ip6 saddr :: icmpv6 type { nd-router-solicit, mld-listener-report, mld2-listener-report } return
     icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } jump instances_drop_lladdr
     @nh,64,128 . ether saddr @instances_ip6 return
+    ip6 saddr . ether saddr @instances_net6 return
     update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
     @nh,64,64 0xfe80000000000000 @nh,152,16 0xfffe @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 \\
         @instances_same_eui64 goto instances_drop_new
+    @nh,64,64 0xfe80000000000000 @nh,152,16 != 0xfffe jump instances_claim_source
+    @nh,64,64 0xfe80000000000000 @nh,152,16 != 0xfffe goto instances_drop_new
+    counter goto instances_drop
+}
+# What may be sent from a link-local address that is not registered
+chain instances_drop_new {
+    icmpv6 type {
+        nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert,
+        mld-listener-report, mld-listener-done, mld2-listener-report
+    } return
+    ip6 daddr ff02::1:2 udp sport 546 udp dport 547 return
     counter goto instances_drop
 }
 # A link-layer address option (RFC 4861, section 4.6.1) is a message's first option, and is the frame's MAC address.
 chain instances_drop_lladdr {
+    exthdr frag exists counter goto instances_drop
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
     icmpv6 type nd-router-solicit @th,64,16 != 0x0101 counter goto instances_drop
     icmpv6 type nd-router-solicit @ll,48,24 . @ll,72,24 . @th,80,24 . @th,104,24 \\
@@ -82,16 +130,32 @@ chain instances_drop_lladdr {
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } @ll,48,24 . @ll,72,24 . @th,208,24 . @th,232,24 \\
         != @instances_same_mac counter goto instances_drop
 }
-# What a sender that is not registered may send from the link-local address made from its MAC address
-chain instances_drop_new {
-    icmpv6 type {
-        nd-router-solicit, nd-neighbor-advert, mld-listener-report, mld-listener-done, mld2-listener-report
-    } return
-    ip6 daddr ff02::1:2 udp sport 546 udp dport 547 return
+# Its use renews the owner's claim. Others are dropped. What has no owner is claimed, so many addresses an hour.
+chain instances_claim_target {
+    @th,64,128 . ether saddr @instances_claims update @instances_claims { @th,64,128 . ether saddr } \\
+        update @instances_claimed { @th,64,128 } return
+    @th,64,128 @instances_claimed counter goto instances_drop
+    @th,64,128 @instances_reserved counter goto instances_drop
+    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } counter goto instances_drop
+    add @instances_claimed { @th,64,128 } add @instances_claims { @th,64,128 . ether saddr } return
+    counter goto instances_drop
+}
+chain instances_claim_source {
+    @nh,64,128 . ether saddr @instances_claims update @instances_claims { @nh,64,128 . ether saddr } \\
+        update @instances_claimed { @nh,64,128 } return
+    @nh,64,128 @instances_claimed counter goto instances_drop
+    @nh,64,128 @instances_reserved counter goto instances_drop
+    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } counter goto instances_drop
+    add @instances_claimed { @nh,64,128 } add @instances_claims { @nh,64,128 . ether saddr } return
     counter goto instances_drop
 }
 # Use: udp dport { 67, 547 } jump instances_drop_dhcp
 chain instances_drop_dhcp {
+    # Behind a first fragment there are no ports, whatever it looks like; and no client sends DHCP in fragments.
+    ip frag-off & 0x1fff != 0 return
+    exthdr frag exists frag frag-off != 0 return
+    ip frag-off & 0x3fff != 0 counter goto instances_drop
+    exthdr frag exists counter goto instances_drop
     # A client's own request (RFC 2131, section 2): of Ethernet, not relayed, its hardware address the frame's
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
     udp dport 67 @th,64,24 0x010106 @th,256,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
@@ -102,12 +166,16 @@ chain instances_drop_dhcp {
 }
 # Use: jump instances_drop_rogue
 chain instances_drop_rogue {
+    ip frag-off & 0x1fff != 0 return
+    exthdr frag exists frag frag-off != 0 return
     icmpv6 type { nd-router-advert, nd-redirect } counter goto instances_drop
     udp sport { 67, 547 } counter goto instances_drop
     udp dport { 68, 546 } counter goto instances_drop
-    # A first fragment has all headers up to the upper layer's (RFC 7112, section 5), of which an octet can be read.
-    exthdr frag exists frag frag-off 0 @th,0,8 >= 0 return
-    exthdr frag exists frag frag-off 0 counter goto instances_drop
+    # A first fragment has all headers up to the upper layer's (RFC 7112, section 5), and that right behind its own.
+    exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } counter goto instances_drop
+    # nftables has no protocol for what it can't parse, but a client that reads raw frames may.
+    meta l4proto != 255 return
+    ether type { ip, ip6 } counter goto instances_drop
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
@@ -172,6 +240,21 @@ def parse_address(text):
     for first, end, field in RANGES:
         if first <= packed < end:
             return field, inet_ntop(AF_INET6, packed)
+
+
+def parse_allowed(text):
+    """Return what an instance may be allowed to send from as a network of the module ipaddress, an address as one of
+    itself. ValueError if it is neither, has host bits, or holds what no instance may send from."""
+    import ipaddress
+
+    if "%" in text:
+        raise ValueError(f"{text}: an address without a zone, please")
+    network = ipaddress.ip_network(text)
+    # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
+    for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
+        if network.version == (6 if ":" in never else 4) and network.overlaps(ipaddress.ip_network(never)):
+            raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
+    return network
 
 
 def locked(base):
@@ -256,11 +339,11 @@ def run(main):
 
 
 def is_domain(text):
-    """Tell whether this is a domain, its labels as in RFC 1123, section 2.1, with a dot before each."""
+    """Tell whether this is a domain, its labels as in RFC 1123, section 2.1; its first dot may be left out."""
     longest = 253 - 63 - len(".v4")  # RFC 1035, section 2.3.4: 255 octets, less a name before it
-    first, *labels = text.split(".")
+    labels = text.removeprefix(".").split(".")
     valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)
-    return first == "" and bool(labels) and valid and text.isascii() and len(text) <= longest
+    return valid and text.isascii() and len(text) <= longest
 
 
 def listed(variable, default, is_valid):
@@ -272,8 +355,26 @@ def listed(variable, default, is_valid):
     return [item for item in items if is_valid(item)]
 
 
+def read_allowed(listed):
+    """Return the packed addresses and the networks of a list of what is allowed, and why others are left out."""
+    addresses, networks, left = [], [], []
+    for item in listed if isinstance(listed, list) else [listed]:
+        try:
+            network = parse_allowed(str(item))
+        except ValueError as error:
+            left.append(str(error))
+            continue
+        if network.num_addresses == 1:
+            addresses.append(network.network_address.packed)
+        else:
+            networks.append(network)
+    networks = [n for n in networks if not any(n != m and n.version == m.version and n.subnet_of(m) for m in networks)]
+    return dict.fromkeys(addresses), dict.fromkeys(networks), left
+
+
 def read_instances(registry):
-    """Return (MAC address, name, {field: address}) of each instance, and a warning of each thing that is left out."""
+    """Return (MAC address, name, {field: address}, allowed addresses, networks) of each instance, and a warning of each
+    thing that is left out."""
     instances, warnings = [], []
     for mac, instance in registry.items():
         if not is_mac(mac):
@@ -295,7 +396,9 @@ def read_instances(registry):
                     addresses[field] = text
                 else:
                     warnings.append(f"{mac}: {field} {text} left out, no {field} in RFC 5952 form")
-        instances.append((mac, name, addresses))
+        *allowed, left = read_allowed(instance["allowed"]) if "allowed" in instance else ((), (), ())
+        warnings += [f"{mac}: allowed {error}, left out" for error in left]
+        instances.append((mac, name, addresses, *allowed))
     return instances, warnings
 
 
@@ -304,7 +407,7 @@ def hosts_text(instances, domains):
     lines = []
     for domain in domains:
         names = {field: " ".join(f"*{sub}{domain}" for sub in subs) for field, subs in FIELDS.items()}
-        for _, name, addresses in instances:
+        for _, name, addresses, *_ in instances:
             if name:  # to replace once a line is twice as fast as to format each name
                 lines += [f"{address} {names[field].replace('*', name)}\n" for field, address in addresses.items()]
     return "".join(lines)
@@ -319,27 +422,39 @@ def sets_text(instances, names):
     for prefix, rows in groups.items():
         for suffix, fields in SETS.items():
             name = f"{prefix}{suffix}.instance"
-            elements = [addresses[field] for _, _, addresses in rows for field in fields if field in addresses]
+            elements = [addresses[field] for _, _, addresses, *_ in rows for field in fields if field in addresses]
             lines += [f"# Use: @{name}", f"set {name} {{", f"    type {'ipv4' if suffix == 'v4' else 'ipv6'}_addr"]
             lines += [f"    elements = {{ {', '.join(elements)}, }}", "}"] if elements else ["}"]
     return "\n".join([*lines, ""])
 
 
-def chains_text(instances):
+def chains_text(instances, verdict):
     """Return the chains, behind the sets in which they look up who may send from an address."""
-    ip, ip6 = [], []
-    for mac, name, addresses in instances:
+    ip, ip6, net, net6, reserved = [], [], [], [], {}
+    for mac, name, addresses, allowed, networks in instances:
         owner = f' . {mac} comment "{name}",\n' if name else f" . {mac},\n"
-        for field, address in addresses.items():
-            if field == "ipv4":
-                ip.append(f"        {address}{owner}")
+        packed = {inet_pton(AF_INET if field == "ipv4" else AF_INET6, text): field for field, text in addresses.items()}
+        for address in {**packed, **dict.fromkeys(allowed)}:
+            if len(address) == 4:
+                ip.append(f"        {inet_ntop(AF_INET, address)}{owner}")
             else:
-                ip6.append(f"        0x{inet_pton(AF_INET6, address).hex()}{owner}")
+                ip6.append(f"        0x{address.hex()}{owner}")
+            if packed.get(address) == "ipv6_lla" and address[11:13] != b"\xff\xfe":
+                reserved[address] = f"        0x{address.hex()},\n"
+        for network in networks:
+            (net if network.version == 4 else net6).append(f"        {network}{owner}")
+    counter, interval = "    counter\n", "    flags interval\n"
     text = ""
-    for name, key, elements in (("ip", "ip saddr", ip), ("ip6", "@th,64,128", ip6)):
+    for name, key, options, elements in (
+        ("ip", "ip saddr . ether saddr", counter, ip),
+        ("ip6", "@th,64,128 . ether saddr", counter, ip6),
+        ("net", "ip saddr . ether saddr", interval, net),
+        ("net6", "ip6 saddr . ether saddr", interval, net6),
+        ("reserved", "@th,64,128", "", reserved.values()),
+    ):
         body = f"    elements = {{\n{''.join(elements)}    }}\n" if elements else ""
-        text += f"set instances_{name} {{\n    typeof {key} . ether saddr\n    counter\n{body}}}\n"
-    return text + CHAINS
+        text += f"set instances_{name} {{\n    typeof {key}\n{options}{body}}}\n"
+    return f"{text}chain instances_verdict {{\n    {verdict}\n}}\n{CHAINS}"
 
 
 def main(arguments):
@@ -353,15 +468,19 @@ def main(arguments):
     base = base_path()
     if not arguments and not os.path.lexists(base + ".updated"):
         return 10
+    guard = os.environ.get("INSTANCES_GUARD") or "enforce"
+    if guard not in ("enforce", "observe"):
+        raise ValueError(f"INSTANCES_GUARD={guard}: it is enforce or observe")
     names = listed("INSTANCES_ADDRESS_SETS", "host", is_name)
     domains = listed("INSTANCES_HOSTS_DOMAIN", ".instance.internal", is_domain)
+    domains = dict.fromkeys("." + domain.removeprefix(".") for domain in domains)
     gc.disable()  # there is no garbage to look for
     with locked(base):
         make_marker(base)  # there until all three files are made, also where a run by force is killed half-way
         registry = read_registry(base + ".json")
         instances, warnings = read_instances(registry)
-        hosts, chains = hosts_text(instances, domains), chains_text(instances)
-        sets = sets_text(instances, names)
+        hosts, sets = hosts_text(instances, domains), sets_text(instances, names)
+        chains = chains_text(instances, "accept" if guard == "observe" else "drop")
         replace_file(base + ".hosts", hosts)
         replace_file(base + ".nftables_chains", chains)
         replace_file(base + ".nftables_sets", sets)
@@ -369,7 +488,7 @@ def main(arguments):
     for warning in warnings:
         say(f"warning: {warning}")
     lines, count = hosts.count("\n"), sets.count("# Use")
-    elements = sum(len(addresses) for _, _, addresses in instances)
+    elements = sum(len(column) for _, _, *columns in instances for column in columns)
     say(f"{len(registry)} instances, {lines} host addresses, {elements} set elements, {count} address sets")
     return 0
 

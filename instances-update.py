@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Keep the registry of instances: run by dnsmasq for every lease, and by administrators.
 
-The registry is a JSON file with an object an instance, keyed by MAC address. It is replaced as a whole, under a lock,
+The registry is a JSON file with one object per instance, keyed by MAC address. It is replaced as a whole, under a lock,
 by a run that changes it. Most of dnsmasq's runs change nothing, take no lock, and must cost little more than Python's
 start: so most imports wait until they are needed, and there are no annotations, whose compilation takes 0.7 ms.
 """
@@ -15,6 +15,7 @@ USAGE = """\
 usage: instances-update.py add|old MAC IP [HOSTNAME]      what dnsmasq tells of a lease
        instances-update.py --initialize INTERFACE NAME    register an interface of this host
        instances-update.py --rename MAC NAME              name an instance
+       instances-update.py --allow MAC [IP|NETWORK ...]   let an instance send from these, too, and from no others
        instances-update.py --remove MAC                   remove an instance
        instances-update.py --help
 
@@ -78,6 +79,21 @@ def parse_address(text):
     for first, end, field in RANGES:
         if first <= packed < end:
             return field, inet_ntop(AF_INET6, packed)
+
+
+def parse_allowed(text):
+    """Return what an instance may be allowed to send from as a network of the module ipaddress, an address as one of
+    itself. ValueError if it is neither, has host bits, or holds what no instance may send from."""
+    import ipaddress
+
+    if "%" in text:
+        raise ValueError(f"{text}: an address without a zone, please")
+    network = ipaddress.ip_network(text)
+    # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
+    for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
+        if network.version == (6 if ":" in never else 4) and network.overlaps(ipaddress.ip_network(never)):
+            raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
+    return network
 
 
 def locked(base):
@@ -175,9 +191,8 @@ def others(registry, mac, field, value):
     return [m for m, i in registry.items() if m != mac and i.get(field) == value]
 
 
-def assign(registry, mac, field, value):
-    """Give a name or address to one instance and take it from all others; return whether that changed any."""
-    holders = others(registry, mac, field, value)
+def assign(registry, mac, field, value, holders):
+    """Give a name or address to one instance and take it from its other holders; return whether that changed any."""
     for other in holders:
         if field == "name":
             registry[other]["name"] = ""
@@ -191,27 +206,32 @@ def assign(registry, mac, field, value):
 def register(registry, mac, ip, hostname, kind):
     """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error.
 
-    The kind is "add", "old" or "reminder". Only an "add" of IPv4 says that a former lease of the address is over:
-    dnsmasq gives whoever asks by DHCPv6 Rebind any address of the prefix, another's or the host's, and whoever repeats
-    another's DUID can end its lease. An "old" comes for that, too, and a reminder may be of a lease before the last.
+    The kind is "by hand", "add", "old" or "reminder". By hand, an address is taken from whoever has it, and a known
+    instance keeps its name, also an empty one. Of dnsmasq's kinds only an "add" of IPv4 says that a former lease of the
+    address is over: dnsmasq gives whoever asks by DHCPv6 Rebind any address of the prefix, another's or the host's, and
+    whoever repeats another's DUID can end its lease. An "old" comes for that, too, and a reminder may be of a lease
+    before the last.
     """
     field, address = parse_address(ip)
     changes, warnings = [], []
     if mac not in registry:
-        if hostname and (not is_name(hostname) or others(registry, mac, "name", hostname)):
-            warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
-            hostname = ""
-        registry[mac] = {"name": hostname, "ipv6_lla": link_local(mac)}
+        registry[mac] = {"name": "", "ipv6_lla": link_local(mac)}
         changes.append("new")
     instance = registry[mac]
+    if hostname and not instance.get("name") and (changes or kind != "by hand"):
+        if is_name(hostname) and not others(registry, mac, "name", hostname):
+            instance["name"] = hostname
+            changes = changes or ["named"]
+        elif changes:
+            warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
     holders = others(registry, mac, field, address)
     if field not in LEASED:
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
-    elif holders and not (kind == "add" and field == "ipv4"):
+    elif holders and kind != "by hand" and (kind != "add" or field != "ipv4"):
         warnings.append(f"{mac}: {address} is not registered, {holders[0]} has it")
     elif kind == "reminder" and instance.get(field) not in (None, "", address):
         warnings.append(f"{mac} keeps {instance[field]}: {address} is not registered")
-    elif assign(registry, mac, field, address):
+    elif assign(registry, mac, field, address, holders):
         changes.append(f"{field} {address}")
     return f"{mac} {instance.get('name', '')}: {', '.join(changes)}" if changes else "", warnings
 
@@ -220,7 +240,9 @@ def initialize(registry, mac, fields):
     """Replace the name and addresses of the instance of a host's interface; return as register does."""
     old = registry.get(mac, {})
     registry[mac] = {k: v for k, v in old.items() if k not in LEASED} | fields
-    taken = [assign(registry, mac, field, value) for field, value in fields.items()]
+    taken = [
+        assign(registry, mac, field, value, others(registry, mac, field, value)) for field, value in fields.items()
+    ]
     return f"{mac} {fields['name']}: initialized" if any(taken) or registry[mac] != old else "", []
 
 
@@ -228,7 +250,33 @@ def rename(registry, mac, name):
     """Name an instance; return as register does."""
     if mac not in registry:
         return "", [f"{mac}: no such instance"]
-    return f"{mac} {name}: renamed" if assign(registry, mac, "name", name) else "", []
+    holders = others(registry, mac, "name", name)
+    if not assign(registry, mac, "name", name, holders):
+        return "", []
+    return f"{mac} {name}: renamed" + "".join(f", {other} has no name now" for other in holders), []
+
+
+def allow(registry, mac, *texts):
+    """Let an instance send from these addresses and networks, and no longer from others; return as register does."""
+    from ipaddress import ip_address
+
+    if mac not in registry:
+        return "", [f"{mac}: no such instance"]
+    networks = {parse_allowed(text) for text in texts}
+    for other, instance in registry.items():
+        for address in (instance[field] for field in LEASED if field in instance and other != mac):
+            for network in networks:
+                if ip_address(address) in network:
+                    raise ValueError(f"{network}: {address} is registered to {other} {instance.get('name', '')}")
+    instance = registry[mac]
+    ordered = sorted(networks, key=lambda network: (network.version, network))
+    new = [str(n.network_address if n.num_addresses == 1 else n) for n in ordered]
+    if instance.get("allowed", []) == new:
+        return "", []
+    instance["allowed"] = new
+    if not new:
+        del instance["allowed"]
+    return f"{mac} {instance.get('name', '')}: allowed {', '.join(new) or 'nothing more'}", []
 
 
 def remove(registry, mac):
@@ -251,8 +299,9 @@ def registry_text(registry):
     return f"{{\n  {text[1:-2]}\n  }}\n}}\n"
 
 
-def is_registered(text, mac, field, address):
-    """Tell whether a registry's JSON (bytes) has a lease, and nobody else its address, without parsing it.
+def is_registered(text, mac, field, address, hostname):
+    """Tell whether a registry's JSON (bytes) has a lease, nobody else its address, and the instance a name if it could
+    get this one, without parsing it.
 
     It is found only as json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is
     indented evenly only an instance begins with two spaces and has its fields behind four.
@@ -265,6 +314,7 @@ def is_registered(text, mac, field, address):
         and instance.count(f'"{field}"'.encode()) == 1
         and text.count(f'"{address}"'.encode()) == 1
         and text.endswith((b"\n  }\n}\n", b"\n  }\n}"))
+        and not (hostname and b'\n    "name": ""' in instance and is_name(hostname))
     )
 
 
@@ -289,20 +339,33 @@ def interface_fields(interface):
     return link["address"], fields
 
 
+def version(path):
+    """Return what is another after each replacement or edit of a file, None where there is no file."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def update(change, mac, *arguments):
     """Change the registry by change(registry, mac, *arguments); return the exit status."""
     if not is_mac(mac):
         raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
     base = base_path()
+    path = base + ".json"
     gc.disable()  # there is no garbage to look for
-    message, warnings = change(read_registry(base + ".json"), mac, *arguments)
-    if message:  # there is something to change: once more, under the lock
+    before = version(path)
+    registry = read_registry(path)
+    message, warnings = change(registry, mac, *arguments)
+    if message:  # there is something to change
         with locked(base):
-            registry = read_registry(base + ".json")
-            message, warnings = change(registry, mac, *arguments)
+            if version(path) != before:  # somebody else was first
+                registry = read_registry(path)
+                message, warnings = change(registry, mac, *arguments)
             if message:
                 make_marker(base)  # before the change, so that none is ever without it
-                replace_file(base + ".json", registry_text(registry))
+                replace_file(path, registry_text(registry))
     for warning in warnings:
         say(f"warning: {warning}")
     if message:
@@ -311,21 +374,24 @@ def update(change, mac, *arguments):
 
 
 def lease(action, mac, ip, hostname="", *_):
-    """Register a lease that dnsmasq tells of; return the exit status."""
+    """Register a lease that dnsmasq tells of, or what is entered by hand; return the exit status."""
+    by_hand = not (os.environ.get("DNSMASQ_LEASE_EXPIRES") or os.environ.get("DNSMASQ_LEASE_LENGTH"))
     if ":" in ip:  # an IPv6 lease's first argument is a DUID
         mac = os.environ.get("DNSMASQ_MAC", "")
         if not mac:
+            if by_hand:
+                say(f"warning: {ip} is not registered: set DNSMASQ_MAC to the MAC address")
             return 0
     mac = mac.lower()
     field, address = parse_address(ip)
     path = base_path() + ".json"
     if os.path.exists(path):
         with open(path, "rb") as file:  # always whole, so without the lock
-            if field in LEASED and is_registered(file.read(), mac, field, address):
+            if field in LEASED and is_registered(file.read(), mac, field, address, hostname if not by_hand else ""):
                 return 0
     # Data are missing where no message of the client's is behind it: at a renewal, a SIGHUP, a restart
     kind = "reminder" if action == "old" and os.environ.get("DNSMASQ_DATA_MISSING") else action
-    return update(register, mac, address, hostname, kind)
+    return update(register, mac, address, hostname, "by hand" if by_hand else kind)
 
 
 def main(arguments):
@@ -340,6 +406,8 @@ def main(arguments):
             return update(initialize, mac, {"name": name, **fields})
         case ["--rename", mac, name]:
             return update(rename, mac.lower(), name)
+        case ["--allow", mac, *texts]:
+            return update(allow, mac.lower(), *texts)
         case ["--remove", mac]:
             return update(remove, mac.lower())
         case ["--help" | "-h" | "help", *_]:

@@ -70,6 +70,8 @@ mkdir "$folder/rules" "$folder/instances.hosts.d"
 printf '%s\n' "PATH='$PATH'" "INSTANCES_BASE_PATH='$INSTANCES_BASE_PATH'" "INSTANCES_RULES='$folder/rules'" \
     "INSTANCES_RUN='$folder/run'" INSTANCES_ADDRESS_SETS=host,web >"$folder/settings"
 sed "s#/var/lib/misc#$folder#" "$top/examples/nftables/bridge.nft" >"$folder/rules/bridge.nft"
+unshare -n nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
+    sed -i '/meta ibrname/d' "$folder/rules/bridge.nft" # a kernel without it; here is no other bridge
 sed "s#/var/lib/misc#$folder#; s#/usr/local/sbin#$top#" "$top/examples/dnsmasq/br0.conf" >"$folder/dnsmasq.conf"
 
 step "A bridge on a host, with an IPv4, a global and a unique local IPv6 address"

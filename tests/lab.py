@@ -1,6 +1,7 @@
 """A host with a bridge, and clients on it, in network namespaces: nothing outside of them is touched."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -24,17 +25,25 @@ DHCP_RANGES = (
     "2001:67c:83::100,2001:67c:83::1ff,80",
     "fd83:5eed::100,fd83:5eed::1ff,80",
 )
-DROP = {"goto": {"target": "instances_drop"}}
+DROPS = [{"goto": {"target": target}} for target in ("instances_drop", "instances_verdict")]
 OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
 
 CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "dhcp", "rogue", "new", "lladdr")]
+CHAINS += ["instances_claim_target", "instances_claim_source"]
+
+
+@functools.cache
+def has_ibrname() -> bool:
+    """Tell whether this kernel can tell the bridge of a frame (README says what to do where it can't)."""
+    rule = "table bridge t { chain c { meta ibrname br0 accept; }; }"
+    return subprocess.run(["unshare", "--net", "nft", rule], capture_output=True).returncode == 0
 
 
 def chains_table(chains: Path) -> str:
     """Return a table with the chains, and the rules to jump to them that their own comments show."""
     uses = "\n".join(re.findall("^# Use: (.*)", chains.read_text(), re.MULTILINE))
-    hook = "chain {0} {{ type filter hook {0} priority 0; jump drops; }}\n"
+    hook = "chain {0} {{ type filter hook {0} priority filter; jump drops; }}\n"
     body = f'include "{chains}"\nchain drops {{\n{uses}\n}}\n{hook.format("input")}{hook.format("forward")}'
     return "table {0}\ndelete table {0}\ntable {0} {{\n{1}}}\n".format("bridge instances", body)
 
@@ -79,10 +88,17 @@ def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
     return result
 
 
+def process_file(pid: str, name: str) -> str:
+    """Return what /proc says of a process in one of its files, "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def is_alive(pid: str) -> bool:
     """Tell whether a process runs: one that ended has no command line, even before its parent asks for its status."""
-    path = Path(f"/proc/{pid}/cmdline")
-    return path.exists() and path.read_text() != ""
+    return process_file(pid, "cmdline") != ""
 
 
 class Namespace:
@@ -282,6 +298,8 @@ class Host(Namespace):
         text = (TOP / "examples" / name).read_text()
         for installed, here in (("/var/lib/misc", self.folder), ("/usr/local/sbin", TOP)):
             text = text.replace(installed, str(here))
+        if not has_ibrname():
+            text = re.sub("^ *meta ibrname .*\n", "", text, flags=re.MULTILINE)
         copy.write_text(text)
         return copy
 
@@ -314,7 +332,8 @@ class Host(Namespace):
         """Return how many frames some of our chains have dropped."""
         listing = json.loads(self.run("nft", "-j", "list", "table", "bridge", "instances").stdout)["nftables"]
         rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
-        return sum(e["counter"]["packets"] for r in rules for e in r if "counter" in e and DROP in r)
+        rules = [rule for rule in rules if any(drop in rule for drop in DROPS)]
+        return sum(e["counter"]["packets"] for rule in rules for e in rule if "counter" in e)
 
     def close(self) -> None:
         """Take the clients and the host away."""

@@ -161,7 +161,7 @@ def test_listed_name_with_hyphens_in_any_case_is_filled(base):
 
 def test_bad_set_names_and_domains_are_left_out_with_a_warning(base):
     prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
-    names, domains = "x y,web,3cx,web,}", "a.b,.ok.example,.ok.example,.bad..dots,.-x,.x-,." + "a." * 100 + "b,.3.ok"
+    names, domains = "x y,web,3cx,web,}", "..a.b,ok.example,.ok.example,.bad..dots,.-x,.x-,." + "a." * 100 + "b,.3.ok"
     result = run(base, INSTANCES_ADDRESS_SETS=names, INSTANCES_HOSTS_DOMAIN=domains)
     assert result.returncode == 0
     assert result.stderr.count("warning: INSTANCES_ADDRESS_SETS") == 3
@@ -187,7 +187,6 @@ def test_bad_set_names_and_domains_are_left_out_with_a_warning(base):
         (".", False),
         (",", False),
         (".a.", False),
-        ("a", False),
         ("..a", False),
         (".-a", False),
         (".a-", False),
@@ -267,3 +266,65 @@ def test_run_waits_ten_seconds_for_the_lock_and_says_which(held_up):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.count("\n") == 1 and f"{base}.lock" in result.stderr
     assert not outputs(base) and base.with_suffix(".updated").exists()
+
+
+def test_domain_may_leave_its_first_dot_out(base):
+    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
+    result = run(base, INSTANCES_HOSTS_DOMAIN="vm.example.org,.vm.example.org")
+    assert "warning" not in result.stderr
+    assert outputs(base)[".hosts"] == "10.0.0.1 web.vm.example.org web.v4.vm.example.org\n"
+
+
+def test_allowed_addresses_and_networks_are_elements_of_the_chains_sets_only(base):
+    allowed = ["10.0.0.50", "10.0.0.1", "10.9.0.0/24", "10.9.0.128/25", "2001:67c::50", "2001:67c:9::/64"]
+    prepare(
+        base, {MAC: {"name": "web", "ipv4": "10.0.0.1", "allowed": allowed}, OTHER: {"name": "", "allowed": allowed}}
+    )
+    assert run(base).returncode == 0
+    texts = outputs(base)
+    sets = sets_of(texts[".nftables_chains"].partition("chain")[0])
+    both = (f'{MAC} comment "web"', OTHER)
+    assert sorted(sets["instances_ip"]) == sorted(f"{a} . {m}" for a in ("10.0.0.1", "10.0.0.50") for m in both)
+    assert sets["instances_ip6"] == [f"0x2001067c{0x50:024x} . {m}" for m in both]
+    assert sets["instances_net"] == [f"10.9.0.0/24 . {m}" for m in both]
+    assert sets["instances_net6"] == [f"2001:67c:9::/64 . {m}" for m in both]
+    assert "10.0.0.50" not in texts[".hosts"] + texts[".nftables_sets"] and not sets["instances_reserved"]
+    check_nft(base)
+
+
+@pytest.mark.parametrize(
+    "item", ["10.0.0.1/8", "0.0.0.0/0", "fe80::1", "fd00::1%x", "224.0.0.1", 5, None, {}, ["10.0.0.1"], 'x" }\n}', ""]
+)
+def test_invalid_allowed_entry_is_left_out_with_a_warning(base, item):
+    prepare(base, {MAC: {"name": "", "allowed": [item, "10.0.0.2"]}, OTHER: {"name": "", "allowed": item}})
+    result = run(base)
+    assert result.returncode == 0 and result.stderr.count(f"warning: {MAC}: allowed ") == 1
+    assert result.stderr.count("warning: ") == (1 if item == ["10.0.0.1"] else 2)
+    sets = sets_of(outputs(base)[".nftables_chains"].partition("chain")[0])
+    others = [f"10.0.0.1 . {OTHER}"] if item == ["10.0.0.1"] else []
+    assert sets.pop("instances_ip") == [f"10.0.0.2 . {MAC}", *others] and not any(sets.values())
+    check_nft(base)
+
+
+def test_link_local_address_that_is_not_made_from_a_mac_address_is_reserved(base):
+    prepare(
+        base,
+        {
+            MAC: {"name": "", "ipv6_lla": "fe80::8099:e2ff:5d8a:32"},
+            OTHER: {"name": "", "ipv6_lla": "fe80::1266:6aff:fe4c:a112"},
+        },
+    )
+    run(base)
+    sets = sets_of(outputs(base)[".nftables_chains"].partition("chain")[0])
+    assert sets["instances_reserved"] == ["0xfe800000000000008099e2ff5d8a0032"]
+
+
+def test_guard_that_observes_lets_pass_and_any_other_word_is_an_error(base):
+    prepare(base, {})
+    for word, verdict in (("observe", "accept"), ("enforce", "drop"), ("", "drop")):
+        assert run(base, "-f", INSTANCES_GUARD=word).returncode == 0
+        assert f"chain instances_verdict {{\n    {verdict}\n}}\n" in outputs(base)[".nftables_chains"]
+    before = outputs(base)
+    result = run(base, "-f", INSTANCES_GUARD="off")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "INSTANCES_GUARD=off" in result.stderr
+    assert outputs(base) == before

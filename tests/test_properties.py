@@ -38,7 +38,7 @@ JSON = st.recursive(
     max_leaves=6,
 )
 UNKNOWN = st.dictionaries(st.text(min_size=1).filter(lambda key: key not in ("name", *FIELDS)), JSON, max_size=2)
-KINDS = st.sampled_from(["add", "old", "reminder"])
+KINDS = st.sampled_from(["by hand", "add", "old", "reminder"])
 LEASE = st.tuples(st.just("lease"), MACS, st.sampled_from(ADDRESSES), st.sampled_from(NAMES + BAD_NAMES), KINDS)
 RENAME = st.tuples(st.just("rename"), MACS, st.sampled_from(NAMES))
 REMOVE = st.tuples(st.just("remove"), MACS)
@@ -54,7 +54,9 @@ INITIALIZE = st.tuples(
         },
     ),
 )
-EVENT = LEASE | RENAME | REMOVE | INITIALIZE
+NETWORKS = [*ADDRESSES[:6], "10.0.0.0/31", "10.9.0.0/24", "10.9.0.128/25", "2001:67c:9::/64", "fd00::/126"]
+ALLOW = st.tuples(st.just("allow"), MACS, st.lists(st.sampled_from(NETWORKS), max_size=4))
+EVENT = LEASE | RENAME | REMOVE | INITIALIZE | ALLOW
 
 
 def apply(update, registry, event):
@@ -64,6 +66,11 @@ def apply(update, registry, event):
         return update.register(registry, mac, *rest)
     if kind == "initialize":
         return update.initialize(registry, mac, *rest)
+    if kind == "allow":
+        try:
+            return update.allow(registry, mac, *rest[0])
+        except ValueError:
+            return "", []
     return (update.rename if kind == "rename" else update.remove)(registry, mac, *rest)
 
 
@@ -105,11 +112,12 @@ def test_lease_changes_another_instance_only_by_taking_its_address(update, event
     for mac in before.keys() - {lease[1]}:
         taken = {field: value for field, value in before[mac].items() if registry[mac].get(field) != value}
         assert (
-            list(taken.values()) in ([], [lease[2]] if lease[4] == "add" else [])
+            list(taken.values()) in ([], [lease[2]] if lease[4] in ("add", "by hand") else [])
             and registry[mac].keys() <= before[mac].keys()
         )
     if lease[1] in before:
-        assert registry[lease[1]]["name"] == before[lease[1]]["name"]
+        named = registry[lease[1]].pop("name")
+        assert before[lease[1]].pop("name") in (named, "" if lease[4] != "by hand" and named == lease[3] else named)
         if lease[4] == "reminder":
             assert before[lease[1]].items() <= registry[lease[1]].items()
 
@@ -138,11 +146,12 @@ def layouts(registry):
             yield from (text, text + "\n")
 
 
-def is_registered(update, text, mac, address):
+def is_registered(update, text, mac, address, hostname=""):
     """Tell what the look-up without parsing says of a lease; where it says yes, check that it changes nothing."""
-    found = update.is_registered(text.encode(errors="surrogatepass"), mac, update.parse_address(address)[0], address)
+    field, text = update.parse_address(address)[0], text.encode(errors="surrogatepass")
+    found = update.is_registered(text, mac, field, address, hostname)
     if found:
-        assert update.register(json.loads(text), mac, address, "", "add") == ("", [])
+        assert update.register(json.loads(text), mac, address, hostname, "add") == ("", [])
     return found
 
 
@@ -205,7 +214,7 @@ def test_look_up_does_not_find_a_lease_in_an_edited_registry_that_has_it_not(upd
     words = {"MAC": MAC, "A": "10.0.0.1", "B": "10.0.0.2"}
     text = re.sub(r"\w+", lambda word: json.dumps(words.get(word[0], word[0])), text).replace(": },", ': "}",')
     assert json.loads(text)
-    assert not update.is_registered(text.encode(), MAC, "ipv4", "10.0.0.1")
+    assert not update.is_registered(text.encode(), MAC, "ipv4", "10.0.0.1", "")
 
 
 def elements(text, name):

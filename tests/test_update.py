@@ -21,6 +21,11 @@ def run(base, *arguments, **variables):
     return run_script(UPDATE, *arguments, base=base, **variables)
 
 
+def lease(base, *arguments, **variables):
+    """Run the script as dnsmasq does."""
+    return run(base, *arguments, DNSMASQ_LEASE_EXPIRES="1795000000", **variables)
+
+
 def read(base):
     return json.loads(base.with_suffix(".json").read_text())
 
@@ -105,7 +110,7 @@ def test_ipv6_lease_is_registered_by_dnsmasq_mac(base):
 @pytest.mark.parametrize("variables", [{}, {"DNSMASQ_MAC": ""}])
 @pytest.mark.parametrize("duid", ["00:04:9c:11", "00:02:00:00:00:01"])  # one of them as long as a MAC address
 def test_ipv6_lease_without_mac_does_nothing(base, duid, variables):
-    result = run(base, "old", duid, "fd83:5eed::14", "mail", **variables)
+    result = lease(base, "old", duid, "fd83:5eed::14", "mail", **variables)
     assert (result.returncode, result.stdout, result.stderr, files(base)) == (0, "", "", {})
 
 
@@ -163,10 +168,10 @@ def test_old_takes_no_address_from_another_and_says_who_has_it(base, address, ot
     run(base, "add", MAC, address, "web", DNSMASQ_MAC=MAC)
     run(base, "add", OTHER, other_address, "db", DNSMASQ_MAC=OTHER)
     before = files(base)
-    result = run(base, "old", OTHER, address, "db", DNSMASQ_MAC=OTHER, **variables)
+    result = lease(base, "old", OTHER, address, "db", DNSMASQ_MAC=OTHER, **variables)
     assert (result.returncode, result.stdout, files(base)) == (0, "", before)
     assert result.stderr == f"instances-update.py: warning: {OTHER}: {address} is not registered, {MAC} has it\n"
-    result = run(base, "old", "10:66:6a:4c:a1:13", address, "new", DNSMASQ_MAC="10:66:6a:4c:a1:13", **variables)
+    result = lease(base, "old", "10:66:6a:4c:a1:13", address, "new", DNSMASQ_MAC="10:66:6a:4c:a1:13", **variables)
     assert result.returncode == 0 and "has it" in result.stderr
     assert read(base)[MAC][field] == address and field not in read(base)["10:66:6a:4c:a1:13"]
 
@@ -175,7 +180,7 @@ def test_old_takes_no_address_from_another_and_says_who_has_it(base, address, ot
 def test_add_takes_no_ipv6_address_from_another(base, address):
     run(base, "add", MAC, address, "web", DNSMASQ_MAC=MAC)
     before = read(base)[MAC]
-    result = run(base, "add", OTHER, address, "db", DNSMASQ_MAC=OTHER)
+    result = lease(base, "add", OTHER, address, "db", DNSMASQ_MAC=OTHER)
     assert result.returncode == 0 and f"{address} is not registered, {MAC} has it" in result.stderr
     assert read(base)[MAC] == before and address not in read(base)[OTHER].values()
 
@@ -189,23 +194,23 @@ def test_old_sets_an_address_that_nobody_has(base, address, other_address, field
 
 @pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
 def test_reminder_fills_an_empty_field_and_replaces_none(base, address, other_address, field):
-    run(base, "old", MAC, address, "web", DNSMASQ_MAC=MAC, **REMINDER)
+    lease(base, "old", MAC, address, "web", DNSMASQ_MAC=MAC, **REMINDER)
     assert read(base)[MAC]["name"] == "web" and read(base)[MAC][field] == address
     before = files(base)
-    result = run(base, "old", MAC, other_address, "web", DNSMASQ_MAC=MAC, **REMINDER)
+    result = lease(base, "old", MAC, other_address, "web", DNSMASQ_MAC=MAC, **REMINDER)
     assert (result.returncode, result.stdout, files(base)) == (0, "", before)
     assert result.stderr == f"instances-update.py: warning: {MAC} keeps {address}: {other_address} is not registered\n"
 
 
 def test_reminder_fills_a_field_that_was_emptied_by_hand(base):
     write(base, {MAC: {"name": "web", "ipv4": ""}})
-    run(base, "old", MAC, "10.83.0.11", **REMINDER)
+    lease(base, "old", MAC, "10.83.0.11", **REMINDER)
     assert read(base)[MAC]["ipv4"] == "10.83.0.11"
 
 
 def test_add_is_never_a_reminder(base):
     run(base, "add", MAC, "10.83.0.11")
-    run(base, "add", OTHER, "10.83.0.11", **REMINDER)
+    lease(base, "add", OTHER, "10.83.0.11", **REMINDER)
     assert "ipv4" not in read(base)[MAC] and read(base)[OTHER]["ipv4"] == "10.83.0.11"
 
 
@@ -449,9 +454,9 @@ def test_registry_cut_at_any_place_is_never_taken_for_whole(base, update):
     run(base, "add", MAC, "10.83.0.11", "web")
     run(base, "add", OTHER, "10.83.0.12", "db")
     text = base.with_suffix(".json").read_bytes()
-    assert update.is_registered(text, MAC, "ipv4", "10.83.0.11")
+    assert update.is_registered(text, MAC, "ipv4", "10.83.0.11", "web")
     for end in range(len(text) - 1):  # the last is a line break
-        assert not update.is_registered(text[:end], MAC, "ipv4", "10.83.0.11")
+        assert not update.is_registered(text[:end], MAC, "ipv4", "10.83.0.11", "web")
 
 
 @pytest.mark.parametrize("arguments", [("add", MAC, "10.0.0.1"), ("--rename", MAC, "web")])
@@ -663,3 +668,107 @@ def test_initialize_takes_the_link_local_address_that_the_interface_has(host):
     host.run("ip", "address", "add", "fe80::83/64", "dev", "br0", "nodad")
     initialize(host, "br0", "host")
     assert host.registry()[HOST_MAC]["ipv6_lla"] == "fe80::83"
+
+
+# What an administrator enters is as in the original: it is believed, whatever it takes from others, and names nobody.
+@pytest.mark.parametrize("action", ["add", "old"])
+@pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
+def test_by_hand_an_address_is_taken_from_another_and_no_name_is_given(base, action, address, other_address, field):
+    write(base, {MAC: {"name": "web", field: address}, OTHER: {"name": "", field: other_address}})
+    result = run(base, action, OTHER, address, "db", DNSMASQ_MAC=OTHER, **REMINDER if action == "add" else {})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert read(base) == {MAC: {"name": "web"}, OTHER: {"name": "", field: address}}
+
+
+def test_by_hand_an_ipv6_address_without_a_mac_address_is_told_what_is_missing(base):
+    result = run(base, "add", MAC, "fd83:5eed::11")
+    assert (result.returncode, result.stdout, files(base)) == (0, "", {})
+    assert result.stderr.count("\n") == 1 and "DNSMASQ_MAC" in result.stderr
+
+
+@pytest.mark.parametrize("variables", [{}, {"DNSMASQ_DATA_MISSING": "1"}])
+@pytest.mark.parametrize("action", ["add", "old"])
+@pytest.mark.parametrize("layout", [None, 2])
+def test_nameless_instance_gets_the_name_of_a_later_lease(base, action, variables, layout):
+    write(base, json.dumps({MAC: {"name": "", "ipv4": "10.83.0.11"}}, indent=layout))
+    result = lease(base, action, MAC, "10.83.0.11", "web", **variables)
+    assert result.stdout == f"instances-update.py: {MAC} web: named\n" and read(base)[MAC]["name"] == "web"
+    assert base.with_suffix(".updated").exists()
+    before = files(base)
+    assert lease(base, action, MAC, "10.83.0.11", "db", **variables).stdout == "" and files(base) == before
+
+
+@pytest.mark.parametrize("hostname", ["", "3cx", "DB"])
+def test_nameless_instance_stays_so_without_a_word_where_the_name_is_unusable(base, hostname):
+    write(base, {MAC: {"name": "", "ipv4": "10.83.0.11"}, OTHER: {"name": "db"}})
+    before = files(base)
+    result = lease(base, "old", MAC, "10.83.0.11", hostname)
+    assert (result.returncode, result.stdout, result.stderr, files(base)) == (0, "", "", before)
+
+
+ALLOWED = ["2001:67c:99::/64", "10.83.0.50", "10.99.0.0/24", "2001:67C:83::50", "10.83.0.50"]
+
+
+def test_allow_replaces_what_was_allowed_and_is_idempotent(base):
+    write(base, {MAC: {"name": "web", "ipv4": "10.83.0.11", "note": 1}, OTHER: {"name": "db", "ipv4": "10.83.0.12"}})
+    result = run(base, "--allow", MAC.upper(), *ALLOWED)
+    assert result.stdout.count("\n") == 1 and f"{MAC} web: allowed 10.83.0.50, 10.99.0.0/24" in result.stdout
+    allowed = ["10.83.0.50", "10.99.0.0/24", "2001:67c:83::50", "2001:67c:99::/64"]
+    assert read(base)[MAC] == {"name": "web", "ipv4": "10.83.0.11", "note": 1, "allowed": allowed}
+    base.with_suffix(".updated").unlink()
+    before = files(base)
+    assert run(base, "--allow", MAC, *reversed(ALLOWED)).stdout == "" and files(base) == before
+    run(base, "--allow", OTHER, "10.83.0.50")  # shared, as by VRRP
+    assert read(base)[OTHER]["allowed"] == ["10.83.0.50"]
+    run(base, "--allow", MAC)
+    assert "allowed" not in read(base)[MAC] and base.with_suffix(".updated").exists()
+
+
+def test_leases_and_names_leave_what_is_allowed_alone(base):
+    write(base, {MAC: {"name": "web", "ipv4": "10.83.0.11", "allowed": ["10.83.0.50"]}})
+    lease(base, "add", MAC, "10.83.0.12", "web")
+    run(base, "--rename", MAC, "db")
+    assert read(base)[MAC] == {"name": "db", "ipv4": "10.83.0.12", "allowed": ["10.83.0.50"]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "10.83.0.12",  # registered to another
+        "10.83.0.0/24",
+        "2001:67c:83::/64",
+        "10.99.0.1/24",
+        "0.0.0.0/0",
+        "::/0",
+        "::",
+        "0.0.0.0",
+        "169.254.7.7",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fd83::1%eth0",
+        "224.0.0.18",
+        "224.0.0.0/3",
+        "ff02::12",
+        "web",
+        "",
+        "10.83.0.50,10.83.0.51",
+        "10.83.0.50/33",
+    ],
+)
+def test_what_must_not_be_allowed_is_an_error_that_names_it(base, text):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "db", "ipv4": "10.83.0.12", "ipv6_gua": "2001:67c:83::12"}})
+    before = files(base)
+    result = run(base, "--allow", MAC, "10.83.0.50", text)
+    assert (result.returncode, result.stdout, files(base)) == (1, "", before)
+    assert result.stderr.count("\n") == 1 and text in result.stderr
+
+
+def test_allow_of_an_unknown_mac_says_so_and_changes_nothing(base):
+    result = run(base, "--allow", MAC, "10.83.0.50")
+    assert (result.returncode, result.stdout, files(base)) == (0, "", {}) and "no such instance" in result.stderr
+
+
+def test_rename_says_who_lost_the_name(base):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "host"}})
+    result = run(base, "--rename", MAC, "host")
+    assert result.stdout == f"instances-update.py: {MAC} host: renamed, {OTHER} has no name now\n"
