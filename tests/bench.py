@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Show what the scripts and the chains cost: medians, and ratios of runs that took turns. Nothing is asserted.
 
-As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about two minutes.
+As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about four minutes.
 """
 
 import ipaddress
@@ -17,6 +17,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import scapy.all as scapy
 from conftest import load
 from lab import PROCESS, UPDATE, Host, chains_table, environment, wait_for
 
@@ -25,16 +26,16 @@ PAIRS = 20
 PYTHON = [sys.executable]
 BARE = [*PYTHON, "-c", "pass"]
 UPDATE_MODULE = load(UPDATE)
-# Send an ARP request of the first instance to all, so many times, and print the microseconds that each took.
+# Send a frame so many times, and print the microseconds of the processor that each took.
 SENDER = """\
 import socket, sys, time
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 s.bind(("eth0", 0))
 frame, count = bytes.fromhex(sys.argv[1]), 20000
-begin = time.perf_counter()
+begin = time.process_time()
 for _ in range(count):
     s.send(frame)
-print((time.perf_counter() - begin) / count * 1e6)
+print((time.process_time() - begin) / count * 1e6)
 """
 
 
@@ -162,54 +163,84 @@ def measure_restart(folder: Path) -> None:
         host.close()
 
 
+def frames(sender: str, receiver: str) -> dict[str, str]:
+    """Return what crosses a bridge most, of the first instance's, in hexadecimal; receiver is a MAC address."""
+    ether = scapy.Ether(src=sender, dst=receiver)
+    headers = {
+        "IPv4": scapy.IP(src=ipv4(0), dst=ipv4(1)),
+        "IPv6": scapy.IPv6(src="2001:67c:83::1", dst="2001:67c:83::2"),
+    }
+    packets = {
+        f"{version} {kind}": ether / ip / upper(dport=5000) / bytes(1000)
+        for version, ip in headers.items()
+        for kind, upper in (("TCP", scapy.TCP), ("UDP", scapy.UDP))
+    }
+    everyone = scapy.Ether(src=sender, dst="ff:ff:ff:ff:ff:ff")
+    packets["ARP to all"] = everyone / scapy.ARP(hwsrc=sender, psrc=ipv4(0), pdst=ipv4(9))
+    routers = scapy.Ether(src=sender, dst="33:33:00:00:00:02") / scapy.IPv6(src="fe80::1234", dst="ff02::2", hlim=255)
+    packets["from a first-come link-local address to all"] = routers / scapy.ICMPv6ND_RS()
+    return {what: bytes(packet).hex() for what, packet in packets.items()}
+
+
 def measure_frames(folder: Path) -> None:
-    """Measure a broadcast ARP frame across a bridge with four ports, and the loading of the chains."""
+    """Measure frames across a bridge with four ports: bridge.nft, and the same hooks with empty chains."""
     host = Host(folder)
     try:
-        sender = host.client("sender", mac(0))
-        for number in range(1, 4):
-            host.client(f"port{number}", mac(10_000 + number))
-        octets = mac(0).replace(":", "")
-        frame = f"ffffffffffff{octets}08060001080006040001{octets}0a530000000000000000" + "0a530009" + 18 * "00"
-        empty = host.folder / "empty.nft"
-        empty.write_text("table bridge instances\ndelete table bridge instances\n" + EMPTY_TABLE)
-        loaded = {}
+        sender, receiver, *_ = (host.client(f"port{number}", mac(number)) for number in range(4))
+        files = {"empty": folder / "empty.nft"}
+        guard = host.example("nftables/bridge.nft").read_text()
+        hooks = re.findall("type filter hook .*;", guard.partition("table inet")[0])
+        chains = "".join(f"chain c{number} {{ {hook} }}\n" for number, hook in enumerate(hooks))
+        files["empty"].write_text(f"table bridge empty {{\n{chains}}}\n")
         for size in SIZES[1:]:
             base = folder / str(size)
             write_registry(base, size)
             timed([*PYTHON, PROCESS, "-f"], environment(base))
-            loaded[size] = folder / f"{size}.nft"
-            loaded[size].write_text(chains_table(Path(f"{base}.nftables_chains")))
-        costs = {file: [] for file in (empty, *loaded.values())}
-        for _ in range(PAIRS + 1):
-            for file, cost in costs.items():
+            files[size] = folder / f"{size}.nft"
+            files[size].write_text(guard.replace(f"{folder}/instances.", f"{base}."))
+        costs, kinds = {}, frames(mac(0), mac(1))
+        for turn in range(PAIRS // 2 + 1):
+            for file in files.values():
+                host.run("nft", "flush", "ruleset")
                 host.run("nft", "-f", file)
-                cost.append(float(sender.run(*PYTHON, "-c", SENDER, frame).stdout))
-        medians = {file: statistics.median(cost[1:]) for file, cost in costs.items()}
-        ratios = {}
-        for size, file in loaded.items():
-            ratios[size] = statistics.median(a / b for a, b in zip(costs[file][1:], costs[empty][1:]))
-            both = (f"{medians[f]:.2f} µs" for f in (file, empty))
-            show("broadcast ARP frame, six chains / empty chain", f"{size:,}", *both, ratios[size])
-        show("… growth", "100 to 10,000", "", "", ratios[10_000] / ratios[100])
-        one_a_rule = folder / "rules.nft"
+                receiver.pings("10.83.0.1")  # so that the bridge knows its port
+                for kind, frame in kinds.items():
+                    microseconds = float(sender.run(*PYTHON, "-c", SENDER, frame).stdout)
+                    costs.setdefault((file, kind), []).extend([microseconds] if turn else [])
+        for kind in kinds:
+            ratios = {}
+            for size in SIZES[1:]:
+                ours, empty = costs[files[size], kind], costs[files["empty"], kind]
+                ratios[size] = statistics.median(a / b for a, b in zip(ours, empty))
+                both = (f"{statistics.median(column):.2f} µs" for column in (ours, empty))
+                show(f"frame, {kind}: bridge.nft / its hooks with empty chains", f"{size:,}", *both, ratios[size])
+            show("… growth", "100 to 10,000", "", "", ratios[10_000] / ratios[100])
+    finally:
+        host.close()
+
+
+def measure_loading(folder: Path) -> None:
+    """Measure the loading of the chains."""
+    host = Host(folder)
+    try:
+        write_registry(host.base, 10_000)
+        timed([*PYTHON, PROCESS, "-f"], environment(host.base))
+        ours, one_a_rule = folder / "chains.nft", folder / "rules.nft"
+        ours.write_text(chains_table(Path(f"{host.base}.nftables_chains")))
         one_a_rule.write_text(rule_an_address(10_000))
-        times = {file: [] for file in (loaded[10_000], one_a_rule)}
+        times = {file: [] for file in (ours, one_a_rule)}
         for _ in range(5):
             for file, elapsed in times.items():
                 elapsed.append(timed(host.command("nft", "-f", file)))
         ours, rules = (statistics.median(elapsed) for elapsed in times.values())
-        what = "`nft -f` of the chains / of a rule an address, ARP and NDP only"
+        what = "`nft -f` of the chains / of one rule per address, ARP and NDP only"
         show(what, "10,000", f"{ours:.0f} ms", f"{rules:.0f} ms", ours / rules)
     finally:
         host.close()
 
 
-EMPTY_TABLE = "table bridge instances { chain forward { type filter hook forward priority 0; }; }\n"
-
-
 def rule_an_address(count: int) -> str:
-    """Return a table with the ARP and NDP chains as one rule an address."""
+    """Return a table with the ARP and NDP chains as one rule per address."""
     arp = [f'ether saddr {mac(n)} arp saddr ip {ipv4(n)} counter return comment "web-{n}"' for n in range(count)]
     ndp = []
     for n in range(count):
@@ -254,7 +285,7 @@ def main() -> None:
     print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
     print("| what | instances | ours | bare Python or other | ratio | |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
-        for measure in (measure_scripts, measure_restart, measure_frames, measure_way_in):
+        for measure in (measure_scripts, measure_restart, measure_frames, measure_loading, measure_way_in):
             folder = Path(name) / measure.__name__
             folder.mkdir()
             measure(folder)
