@@ -494,4 +494,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    os._exit(run(main))  # at once: to take Python apart costs a lease event a sixth of its time

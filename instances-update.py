@@ -290,13 +290,12 @@ def registry_text(registry):
     """Return the registry as json.dumps(registry, indent=2) has it, and a line break."""
     import json
 
-    nested = any(isinstance(value, (dict, list)) for instance in registry.values() for value in instance.values())
-    if nested or not (registry and all(registry.values())):
+    # The same in half the time, where all braces and brackets are the registry's own: JSON escapes line breaks in strings.
+    text = json.dumps(registry, separators=(",\n    ", ": "))
+    if "[" in text or text.count("{") != len(registry) + 1 or not all([registry, *registry.values()]):
         return json.dumps(registry, indent=2) + "\n"
-    # The same in half the time: JSON escapes line breaks in strings, so what is replaced stands between them.
-    text = json.dumps(registry, separators=(",\n    ", ":\n"))
-    text = text.replace("},\n    ", "\n  },\n  ").replace(":\n{", ": {\n    ").replace(":\n", ": ")
-    return f"{{\n  {text[1:-2]}\n  }}\n}}\n"
+    text = text[1:-2].replace("},\n    ", "\n  },\n  ").replace(": {", ": {\n    ")
+    return f"{{\n  {text}\n  }}\n}}\n"
 
 
 def is_registered(text, mac, field, address, hostname):
@@ -420,4 +419,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    os._exit(run(main))  # at once: to take Python apart costs a lease event a sixth of its time
