@@ -290,7 +290,7 @@ def registry_text(registry):
     """Return the registry as json.dumps(registry, indent=2) has it, and a line break."""
     import json
 
-    # The same in half the time, where all braces and brackets are the registry's own: JSON escapes line breaks in strings.
+    # The same in half the time, where all braces are the registry's own. JSON escapes line breaks in strings.
     text = json.dumps(registry, separators=(",\n    ", ": "))
     if "[" in text or text.count("{") != len(registry) + 1 or not all([registry, *registry.values()]):
         return json.dumps(registry, indent=2) + "\n"

@@ -24,7 +24,7 @@ def test_demo_comes_out_as_expected_and_leaves_nothing(folder):
     need(*PROGRAMS)
     env = os.environ | {"TMPDIR": str(folder)}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    demo = subprocess.Popen([EXAMPLES / "demo.sh"], text=True, env=env, **pipes)
+    demo = subprocess.Popen([EXAMPLES / "demo.py"], text=True, env=env, **pipes)
     output = demo.communicate()[0]
     assert demo.returncode == 0, output
     assert f"demo{demo.pid}-" not in run("ip", "netns").stdout
