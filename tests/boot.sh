@@ -89,6 +89,9 @@ umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
 mkdir "$root/root/instances"
 tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
+# As README.md says, where the kernel can't tell the bridge of a frame
+unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
+    sed -i '/meta ibrname/d' "$root/root/instances/examples/nftables/bridge.nft"
 
 # Its bridge, and a guest that is started as Incus, libvirt and LXC are: when there is a network. It asks for a lease every
 # quarter of a minute (bridge.nft drops more), and all the while, from its first frame, tries an address that is not its own.

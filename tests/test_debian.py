@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,12 @@ def test_package_has_units_and_examples_with_its_own_paths(built):
     assert named == {"/usr/sbin/instances-update.py", "/usr/sbin/instances-apply"}
 
 
-def test_version_is_that_of_the_changelog(built):
+def test_version_is_that_of_the_changelog_and_grows_with_each_build(built):
     version = run("dpkg-parsechangelog", "-l", DEBIAN / "changelog", "-S", "Version").stdout.strip()
-    assert (built / f"instances_{version}_all.deb").exists()
+    (package,) = built.glob("instances_*_all.deb")
+    stamp = re.fullmatch(rf"instances_{re.escape(version)}\+(\d{{14}})_all.deb", package.name)[1]
+    made = time.mktime(time.strptime(stamp + "UTC", "%Y%m%d%H%M%S%Z"))
+    assert abs(package.stat().st_mtime - made + time.timezone) < 300
 
 
 def test_upgrade_stops_no_unit_and_restarts_those_that_run(built):
@@ -89,7 +93,7 @@ def test_settings_are_a_conffile_in_which_nothing_is_set(built):
     assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
     text = (built / "root" / "etc" / "default" / "instances").read_text()
     assert all(line.startswith("#") for line in text.splitlines() if line)
-    assert len(DEFAULTS) == 4
+    assert len(DEFAULTS) == 5
     shown = [(name, value or "none") for name, value in re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE)]
     assert shown == DEFAULTS
 

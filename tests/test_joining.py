@@ -5,7 +5,7 @@ import time
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import TOP, Host, wait_for
+from lab import Host, wait_for
 
 pytestmark = pytest.mark.slow
 IPV6 = ("2001", "fd83")
@@ -116,21 +116,3 @@ def test_reminders_of_an_older_lease_do_not_undo_news(guest):
     wait_for(lambda: keeps in log.read_text(), "a reminder of the former lease")
     assert host.registry() == registry
     guest.reaches_the_host()
-
-
-def test_line_of_the_readme_names_who_was_dropped(guarded):
-    need("jq")
-    guest = guarded.client("web", "10:66:6a:4c:a1:11")
-    guest.start_dhcp4("web")
-    wait_for(lambda: in_use(guest, "10.83"), "the guest's lease")
-    stranger = guarded.client("stranger", "10:66:6a:4c:a1:12")
-    for client, address in ((guest, "10.83.0.66/24"), (stranger, "10.83.0.67/24")):
-        client.run("ip", "address", "add", address, "dev", "eth0")
-        client.run("ping", "-n", "-c", "1", "-W", "1", "-I", address.partition("/")[0], "10.83.0.1", check=False)
-    lines = [line for line in (TOP / "README.md").read_text().splitlines() if line.startswith("nft -j list set bridge")]
-    command = lines[0].replace("/var/lib/misc", str(guarded.folder))
-    rows = [row.split("\t") for row in guarded.run("sh", "-c", command).stdout.splitlines()]
-    assert {(mac, name) for mac, name, count in rows if int(count) > 0} == {
-        (guest.mac, "web"),
-        (stranger.mac, "unknown"),
-    }

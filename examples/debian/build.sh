@@ -22,6 +22,9 @@ cp examples/systemd/instances.path examples/systemd/instances.service examples/s
 sed -i 's|/usr/local/sbin/instances|/usr/sbin/instances|' debian/instances.service examples/dnsmasq/br0.conf
 sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py instances-process.py
 
+# A version that grows with each build
+sed -i "1s/(\(.*\))/(\1+$(date -u +%Y%m%d%H%M%S))/" debian/changelog
+
 # Scripts need no compiler, so -I: what every package is thought to need may be missing.
 dpkg-checkbuilddeps -I
 dpkg-buildpackage --no-check-builddeps --no-sign
