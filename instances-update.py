@@ -359,6 +359,9 @@ def update(change, mac, *arguments):
     message, warnings = change(registry, mac, *arguments)
     if message:  # there is something to change
         with locked(base):
+            if os.path.exists(base + ".follows"):  # made by examples/network: another host's changes come here
+                with open(base + ".follows") as file:
+                    raise ValueError(f"{base}.json is not changed on this host, but on {file.read().strip()}")
             if version(path) != before:  # somebody else was first
                 registry = read_registry(path)
                 message, warnings = change(registry, mac, *arguments)
