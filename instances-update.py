@@ -207,10 +207,9 @@ def register(registry, mac, ip, hostname, kind):
     """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error.
 
     The kind is "by hand", "add", "old" or "reminder". By hand, an address is taken from whoever has it, and a known
-    instance keeps its name, also an empty one. Of dnsmasq's kinds only an "add" of IPv4 says that a former lease of the
-    address is over: dnsmasq gives whoever asks by DHCPv6 Rebind any address of the prefix, another's or the host's, and
-    whoever repeats another's DUID can end its lease. An "old" comes for that, too, and a reminder may be of a lease
-    before the last.
+    instance stays without a name. Of dnsmasq's, only an "add" of IPv4 says that a former lease of the address is over:
+    by DHCPv6 Rebind it gives anybody any address of the prefix, and by another's DUID anybody can end a lease. An "old"
+    comes for that, too, and a reminder may be of a lease before the last.
     """
     field, address = parse_address(ip)
     changes, warnings = [], []
@@ -264,10 +263,10 @@ def allow(registry, mac, *texts):
         return "", [f"{mac}: no such instance"]
     networks = {parse_allowed(text) for text in texts}
     for other, instance in registry.items():
-        for address in (instance[field] for field in LEASED if field in instance and other != mac):
+        for field in instance.keys() & LEASED if other != mac else ():
             for network in networks:
-                if ip_address(address) in network:
-                    raise ValueError(f"{network}: {address} is registered to {other} {instance.get('name', '')}")
+                if ip_address(instance[field]) in network:
+                    raise ValueError(f"{network}: {other} {instance.get('name', '')} has {instance[field]}")
     instance = registry[mac]
     ordered = sorted(networks, key=lambda network: (network.version, network))
     new = [str(n.network_address if n.num_addresses == 1 else n) for n in ordered]
@@ -299,21 +298,20 @@ def registry_text(registry):
 
 
 def is_registered(text, mac, field, address, hostname):
-    """Tell whether a registry's JSON (bytes) has a lease, nobody else its address, and the instance a name if it could
-    get this one, without parsing it.
+    """Tell whether a registry's JSON (bytes) has a lease already, and no use for its host name, without parsing it.
 
     It is found only as json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is
     indented evenly only an instance begins with two spaces and has its fields behind four.
     """
-    start = text.rfind(f'\n  "{mac}": {{\n'.encode())
+    start = text.rfind(f'\n  "{mac}": {{\n'.encode())  # the last: of two with one key, JSON has that one
     instance = text[start : text.find(b"\n  }", start) + 1]
     line = f'\n    "{field}": "{address}"'.encode()
     return (
         (line + b",\n" in instance or line + b"\n" in instance)
-        and instance.count(f'"{field}"'.encode()) == 1
-        and text.count(f'"{address}"'.encode()) == 1
-        and text.endswith((b"\n  }\n}\n", b"\n  }\n}"))
-        and not (hostname and b'\n    "name": ""' in instance and is_name(hostname))
+        and instance.count(f'"{field}"'.encode()) == 1  # no second field, which would count
+        and text.count(f'"{address}"'.encode()) == 1  # nobody else has the address
+        and text.endswith((b"\n  }\n}\n", b"\n  }\n}"))  # the file is not cut off
+        and not (hostname and b'\n    "name": ""' in instance and is_name(hostname))  # no name that may be given
     )
 
 
@@ -347,24 +345,28 @@ def version(path):
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
+def decide(path, change, *arguments):
+    """Return the version of a registry's file, the registry after a change, and what the change returned."""
+    read = version(path)
+    registry = read_registry(path)
+    return (read, registry, *change(registry, *arguments))
+
+
 def update(change, mac, *arguments):
     """Change the registry by change(registry, mac, *arguments); return the exit status."""
     if not is_mac(mac):
         raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
     base = base_path()
-    path = base + ".json"
+    path, follows = base + ".json", base + ".follows"
     gc.disable()  # there is no garbage to look for
-    before = version(path)
-    registry = read_registry(path)
-    message, warnings = change(registry, mac, *arguments)
+    read, registry, message, warnings = decide(path, change, mac, *arguments)
     if message:  # there is something to change
         with locked(base):
-            if os.path.exists(base + ".follows"):  # made by examples/network: another host's changes come here
-                with open(base + ".follows") as file:
-                    raise ValueError(f"{base}.json is not changed on this host, but on {file.read().strip()}")
-            if version(path) != before:  # somebody else was first
-                registry = read_registry(path)
-                message, warnings = change(registry, mac, *arguments)
+            if os.path.exists(follows):  # made by examples/network: another host's changes come here
+                with open(follows) as file:
+                    raise ValueError(f"{path} is not changed on this host, but on {file.read().strip()}")
+            if version(path) != read:  # somebody else was first
+                _, registry, message, warnings = decide(path, change, mac, *arguments)
             if message:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))
