@@ -233,12 +233,17 @@ class Client(Namespace):
 class Host(Namespace):
     """A host with the bridge br0, a dnsmasq that runs our script, and our files in a folder."""
 
-    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES, mac: str = HOST_MAC):
+    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES, mac: str = HOST_MAC, bridge: bool = True):
         super().__init__("host")
         self.folder, self.base, self.mac, self.dnsmasq = folder, folder / "instances", mac, None
         self.clients: list[Client] = []
         (folder / "hosts.d").mkdir()
-        self.run("ip", "link", "add", "br0", "address", mac, "type", "bridge")
+        if bridge:
+            self.make_bridge(addresses)
+
+    def make_bridge(self, addresses: tuple = BRIDGE_ADDRESSES) -> None:
+        """Make the bridge."""
+        self.run("ip", "link", "add", "br0", "address", self.mac, "type", "bridge")
         self.run("ip", "link", "set", "br0", "up")
         for address in addresses:
             self.run("ip", "address", "add", address, "dev", "br0", "nodad")
