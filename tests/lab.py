@@ -60,6 +60,17 @@ echo "${1-}${reason-} ${ip-}${new_ip6_address-} router=${router-} mtu=${mtu-}" >
 """
 
 
+# Puts on eth0 what each line says, and says so.
+SENDER = """\
+import socket, sys
+eth0 = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+eth0.bind(("eth0", 0))
+for line in sys.stdin:
+    eth0.send(bytes.fromhex(line))
+    print("sent", flush=True)
+"""
+
+
 def wait_for(condition, what: str, seconds: float = 30):
     """Return the condition's first true value; AssertionError when the deadline has passed without one."""
     deadline = time.monotonic() + seconds
@@ -155,7 +166,7 @@ class Client(Namespace):
 
     def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str):
         super().__init__(label)
-        self.host, self.label, self.mac = host, label, mac
+        self.host, self.label, self.mac, self.sender = host, label, mac, None
         self.folder = host.folder / self.name
         self.folder.mkdir()
         self.script = self.folder / "client-script"
@@ -220,10 +231,13 @@ class Client(Namespace):
         return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
     def send(self, *frames: bytes) -> None:
-        """Put frames on the interface as they are."""
-        code = "import socket as s, sys; e = s.socket(s.AF_PACKET, s.SOCK_RAW); e.bind(('eth0', 0))\n"
-        code += "for line in sys.stdin: e.send(bytes.fromhex(line))"
-        self.run(sys.executable, "-c", code, input="\n".join(frame.hex() for frame in frames))
+        """Put frames on the interface as they are; return when they are sent."""
+        if self.sender is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.sender = self.start(sys.executable, "-c", SENDER, text=True, **pipes)
+        for frame in frames:
+            print(frame.hex(), file=self.sender.stdin, flush=True)
+            assert self.sender.stdout.readline() == "sent\n"
 
     def resolve(self, name: str, kind: str) -> list[str]:
         """Return the addresses that dnsmasq tells this client for a name."""
@@ -233,12 +247,17 @@ class Client(Namespace):
 class Host(Namespace):
     """A host with the bridge br0, a dnsmasq that runs our script, and our files in a folder."""
 
-    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES, mac: str = HOST_MAC):
+    def __init__(self, folder: Path, addresses: tuple = BRIDGE_ADDRESSES, mac: str = HOST_MAC, bridge: bool = True):
         super().__init__("host")
         self.folder, self.base, self.mac, self.dnsmasq = folder, folder / "instances", mac, None
         self.clients: list[Client] = []
         (folder / "hosts.d").mkdir()
-        self.run("ip", "link", "add", "br0", "address", mac, "type", "bridge")
+        if bridge:
+            self.make_bridge(addresses)
+
+    def make_bridge(self, addresses: tuple = BRIDGE_ADDRESSES) -> None:
+        """Make the bridge."""
+        self.run("ip", "link", "add", "br0", "address", self.mac, "type", "bridge")
         self.run("ip", "link", "set", "br0", "up")
         for address in addresses:
             self.run("ip", "address", "add", address, "dev", "br0", "nodad")
