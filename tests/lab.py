@@ -60,6 +60,30 @@ echo "${1-}${reason-} ${ip-}${new_ip6_address-} router=${router-} mtu=${mtu-}" >
 """
 
 
+# What puts frames on the interface
+SOCKET = """\
+import socket as s, sys
+e = s.socket(s.AF_PACKET, s.SOCK_RAW)
+e.bind(("eth0", 0))
+for line in sys.stdin:
+    e.send(bytes.fromhex(line))
+"""
+# struct tpacket_hdr: its status, TP_STATUS_SEND_REQUEST, and the frame's length; the frame is behind these 32 octets.
+RING = """\
+import mmap, socket as s, struct, sys
+e = s.socket(s.AF_PACKET, s.SOCK_RAW)
+e.bind(("eth0", 0))
+SOL_PACKET, PACKET_TX_RING = 263, 13
+e.setsockopt(SOL_PACKET, PACKET_TX_RING, struct.pack("4I", 4096, 1, 4096, 1))
+ring = mmap.mmap(e.fileno(), 4096)
+for line in sys.stdin:
+    frame = bytes.fromhex(line)
+    ring[32 : 32 + len(frame)] = frame
+    ring[:12] = struct.pack("LI", 1, len(frame))
+    e.send(b"")
+"""
+
+
 def wait_for(condition, what: str, seconds: float = 30):
     """Return the condition's first true value; AssertionError when the deadline has passed without one."""
     deadline = time.monotonic() + seconds
@@ -219,11 +243,9 @@ class Client(Namespace):
         """Tell whether an address answers."""
         return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
-    def send(self, *frames: bytes) -> None:
-        """Put frames on the interface as they are."""
-        code = "import socket as s, sys; e = s.socket(s.AF_PACKET, s.SOCK_RAW); e.bind(('eth0', 0))\n"
-        code += "for line in sys.stdin: e.send(bytes.fromhex(line))"
-        self.run(sys.executable, "-c", code, input="\n".join(frame.hex() for frame in frames))
+    def send(self, *frames: bytes, ring: bool = False) -> None:
+        """Put frames on the interface as they are; by a ring, all behind the Ethernet header lies in another place."""
+        self.run(sys.executable, "-c", RING if ring else SOCKET, input="\n".join(frame.hex() for frame in frames))
 
     def resolve(self, name: str, kind: str) -> list[str]:
         """Return the addresses that dnsmasq tells this client for a name."""
@@ -270,6 +292,17 @@ class Host(Namespace):
         with open(self.log, "a") as log:
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
+
+    def stop_dnsmasq(self) -> None:
+        """End dnsmasq, if it runs, and wait for the end of its helper, which runs the script."""
+        if self.dnsmasq in self.processes:
+            self.stop(self.dnsmasq)
+
+        def running():
+            pids = self.run("ip", "netns", "pids", self.name).stdout.split()
+            return any(process_file(pid, "comm") == "dnsmasq\n" for pid in pids)
+
+        wait_for(lambda: not running(), "the end of dnsmasq")
 
     def write_settings(self, **variables: str) -> Path:
         """Write settings for instances-apply, which keep it to this host's folder, and these; return their file."""
@@ -334,6 +367,26 @@ class Host(Namespace):
         rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
         rules = [rule for rule in rules if any(drop in rule for drop in DROPS)]
         return sum(e["counter"]["packets"] for rule in rules for e in rule if "counter" in e)
+
+    def rules(self, chain: str, text: str = "") -> dict[str, int]:
+        """Return handles of a chain's rules with this in their listing, and what each counted. A chain of another table
+        than the guard's has its family and table in front."""
+        place = chain if " " in chain else f"bridge instances {chain}"
+        listing = self.run("nft", "-a", "list", "chain", *place.split()).stdout
+        rules = [line for line in listing.splitlines() if text in line and re.search(r"^\t\t(?!type .* hook)", line)]
+        count = re.compile(r"counter packets (\d+)")
+        return {line.rpartition(" ")[2]: int((count.search(line) or (0, 0))[1]) for line in rules}
+
+    def counted(self, chain: str, text: str = "") -> int:
+        """Return how many frames such rules have counted."""
+        return sum(self.rules(chain, text).values())
+
+    def take_out(self, chain: str, text: str = "") -> None:
+        """Delete such rules."""
+        place = chain if " " in chain else f"bridge instances {chain}"
+        handles = self.rules(chain, text)
+        assert handles, f"no rule in {chain} with {text}"
+        self.run("nft", "-f", "-", input="".join(f"delete rule {place} handle {handle}\n" for handle in handles))
 
     def close(self) -> None:
         """Take the clients and the host away."""
