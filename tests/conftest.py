@@ -101,6 +101,19 @@ def check_nft(base):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    """A guarded bridge with a victim and two silent attackers. What tests do to it, reset() undoes."""
+    from attacks import Guarded  # needs scapy
+
+    need(*PROGRAMS)
+    host = Host(tmp_path_factory.mktemp("bridge"))
+    try:
+        yield Guarded(host)
+    finally:
+        host.close()
+
+
 @pytest.fixture
 def host(tmp_path):
     """A host with the bridge br0."""

@@ -60,13 +60,28 @@ echo "${1-}${reason-} ${ip-}${new_ip6_address-} router=${router-} mtu=${mtu-}" >
 """
 
 
-# Puts on eth0 what each line says, and says so.
-SENDER = """\
+# What puts on eth0 what each line says, and says so
+SOCKET = """\
 import socket, sys
 eth0 = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 eth0.bind(("eth0", 0))
 for line in sys.stdin:
     eth0.send(bytes.fromhex(line))
+    print("sent", flush=True)
+"""
+# struct tpacket_hdr: its status, TP_STATUS_SEND_REQUEST, and the frame's length; the frame is behind these 32 octets.
+RING = """\
+import mmap, socket, struct, sys
+eth0 = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+eth0.bind(("eth0", 0))
+SOL_PACKET, PACKET_TX_RING = 263, 13
+eth0.setsockopt(SOL_PACKET, PACKET_TX_RING, struct.pack("4I", 4096, 1, 4096, 1))
+ring = mmap.mmap(eth0.fileno(), 4096)
+for line in sys.stdin:
+    frame = bytes.fromhex(line)
+    ring[32 : 32 + len(frame)] = frame
+    ring[:12] = struct.pack("LI", 1, len(frame))
+    eth0.send(b"")
     print("sent", flush=True)
 """
 
@@ -166,7 +181,7 @@ class Client(Namespace):
 
     def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str):
         super().__init__(label)
-        self.host, self.label, self.mac, self.sender = host, label, mac, None
+        self.host, self.label, self.mac, self.senders = host, label, mac, {}
         self.folder = host.folder / self.name
         self.folder.mkdir()
         self.script = self.folder / "client-script"
@@ -230,14 +245,14 @@ class Client(Namespace):
         """Tell whether an address answers."""
         return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
-    def send(self, *frames: bytes) -> None:
-        """Put frames on the interface as they are; return when they are sent."""
-        if self.sender is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.sender = self.start(sys.executable, "-c", SENDER, text=True, **pipes)
+    def send(self, *frames: bytes, ring: bool = False) -> None:
+        """Put frames on the interface; return when they are sent. By a ring, what is behind the Ethernet header lies apart."""
+        code, pipes = RING if ring else SOCKET, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        if code not in self.senders:
+            self.senders[code] = self.start(sys.executable, "-c", code, text=True, **pipes)
         for frame in frames:
-            print(frame.hex(), file=self.sender.stdin, flush=True)
-            assert self.sender.stdout.readline() == "sent\n"
+            print(frame.hex(), file=self.senders[code].stdin, flush=True)
+            assert self.senders[code].stdout.readline() == "sent\n"
 
     def resolve(self, name: str, kind: str) -> list[str]:
         """Return the addresses that dnsmasq tells this client for a name."""
@@ -289,6 +304,17 @@ class Host(Namespace):
         with open(self.log, "a") as log:
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
+
+    def stop_dnsmasq(self) -> None:
+        """End dnsmasq, if it runs, and wait for the end of its helper, which runs the script."""
+        if self.dnsmasq in self.processes:
+            self.stop(self.dnsmasq)
+
+        def running():
+            pids = self.run("ip", "netns", "pids", self.name).stdout.split()
+            return any(process_file(pid, "comm") == "dnsmasq\n" for pid in pids)
+
+        wait_for(lambda: not running(), "the end of dnsmasq")
 
     def write_settings(self, **variables: str) -> Path:
         """Write settings for instances-apply, which keep it to this host's folder, and these; return their file."""
@@ -353,6 +379,26 @@ class Host(Namespace):
         rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
         rules = [rule for rule in rules if any(drop in rule for drop in DROPS)]
         return sum(e["counter"]["packets"] for rule in rules for e in rule if "counter" in e)
+
+    def rules(self, chain: str, text: str = "") -> dict[str, int]:
+        """Return handles of a chain's rules with this in their listing, and what each counted. A chain of another table
+        than the guard's has its family and table in front."""
+        place = chain if " " in chain else f"bridge instances {chain}"
+        listing = self.run("nft", "-a", "list", "chain", *place.split()).stdout
+        rules = [line for line in listing.splitlines() if text in line and re.search(r"^\t\t(?!type .* hook)", line)]
+        count = re.compile(r"counter packets (\d+)")
+        return {line.rpartition(" ")[2]: int((count.search(line) or (0, 0))[1]) for line in rules}
+
+    def counted(self, chain: str, text: str = "") -> int:
+        """Return how many frames such rules have counted."""
+        return sum(self.rules(chain, text).values())
+
+    def take_out(self, chain: str, text: str = "") -> None:
+        """Delete such rules."""
+        place = chain if " " in chain else f"bridge instances {chain}"
+        handles = self.rules(chain, text)
+        assert handles, f"no rule in {chain} with {text}"
+        self.run("nft", "-f", "-", input="".join(f"delete rule {place} handle {handle}\n" for handle in handles))
 
     def close(self) -> None:
         """Take the clients and the host away."""

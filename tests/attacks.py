@@ -1,0 +1,194 @@
+"""A guarded bridge to attack, and frames to attack it with, for several files of tests."""
+
+import contextlib
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from lab import APPLY, HOST_MAC, UPDATE, Client, Host, wait_for
+
+scapy = pytest.importorskip("scapy.all")
+ATTACKERS = ["registered", "unregistered"]
+HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
+EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"
+SNIFFER = """\
+import socket
+s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+s.bind(("eth0", 0))
+while True:
+    print(s.recv(2000).hex(), flush=True)
+"""
+
+
+def link_local(mac: str) -> str:
+    """Return the link-local address made from a MAC address."""
+    return scapy.in6_ptop("fe80::" + scapy.in6_mactoifaceid(mac))
+
+
+def octets(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+class Guarded:
+    """A guarded host whose bridge has a victim with leases, and two silent attackers, with leases and without."""
+
+    def __init__(self, host: Host):
+        self.host = host
+        host.set("net/ipv4/ip_forward", "1")
+        host.set("net/ipv6/conf/all/forwarding", "1")
+        # The bridge forgets who joined a multicast group, and who queried, in one second and two, not in four minutes
+        for interval in (("mcast_membership_interval", "100"), ("mcast_querier_interval", "200")):
+            host.run("ip", "link", "set", "br0", "type", "bridge", *interval)
+        host.start_guarded()
+        names = ("victim", "registered", "unregistered")
+        self.victim, self.registered, self.unregistered = clients = [
+            host.client(name, f"10:66:6a:4c:a1:1{number}") for number, name in enumerate(names)
+        ]
+        self.lease4 = self.victim.dhcp4("victim")
+        self.victim.dhcp6("victim")
+        for process in (self.registered.dhcp4("registered"), self.registered.dhcp6("registered")):
+            self.registered.stop(process, signal.SIGKILL)
+        for client in clients[1:]:
+            client.set("net/ipv6/conf/eth0/disable_ipv6", "1")
+            client.run("ip", "address", "flush", "dev", "eth0")
+            client.run("ip", "link", "set", "eth0", "arp", "off")
+        self.rules, self.leases = host.folder / "rules" / "bridge.nft", host.folder / "dnsmasq.br0.leases"
+        self.text, self.config = self.rules.read_text(), (host.folder / "br0.conf").read_text()
+        self.was, self.registry = self.leases.read_text(), host.registry()
+        self.server_duid = octets(re.search("^duid (.*)$", self.was, re.MULTILINE)[1])
+        rows = [line.split() for line in self.was.splitlines()]
+        self.own = {k: v for k, v in self.registry[self.victim.mac].items() if k != "name"}
+        self.addresses6 = [self.own["ipv6_gua"], self.own["ipv6_ula"]]
+        self.iaid, self.duid = next((int(r[1]), octets(r[4])) for r in rows if r[2:3] == self.addresses6[:1])
+
+    def settle(self) -> None:
+        """Do the service's work, after what it does now."""
+        self.host.run(APPLY, self.host.folder / "settings")
+
+    def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
+        """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
+        host = self.host
+        host.stop_dnsmasq()
+        self.settle()
+        self.expected = leases or self.was
+        self.leases.write_text(self.expected)
+        Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
+        self.rules.unlink(missing_ok=True)
+        if guard:
+            self.rules.write_text(self.text)
+        host.run("nft", "delete", "table", "bridge", "instances", check=False)
+        Path(f"{host.base}.updated").touch()
+        self.settle()
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        assert f"\n{option}\n" in self.config + "\n\n"
+        config = host.folder / "now.conf"
+        config.write_text(self.config.replace(f"\n{option}\n", "\n", 1).replace(str(UPDATE), str(script)))
+        self.told = len(host.log.read_text())
+        host.start_dnsmasq(config=config)
+
+    def log(self) -> str:
+        """Return what dnsmasq has logged since all was put back."""
+        return self.host.log.read_text()[self.told :]
+
+    def harm(self, attacker) -> list[str]:
+        """Return what is not as it was, but for the attacker's own entry and leases."""
+        now = self.host.registry()
+        found = [
+            f"{m}: {now.get(m)}" for m in {*now, *self.registry} - {attacker.mac} if now.get(m) != self.registry.get(m)
+        ]
+        others = {a for m, i in self.registry.items() if m != attacker.mac for a in i.values()}
+        found += [f"stolen: {a}" for a in others.intersection(now.get(attacker.mac, {}).values()) if a]
+        # Of a lease: who has it, and when it ends at the earliest
+        leases = {
+            tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.leases.read_text().splitlines()) if w[4:]
+        }
+        before = {tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.expected.splitlines()) if w[4:]}
+        found += [f"ends early: {k}" for k, end in before.items() if leases.get(k, 0) < end and k[0] != attacker.mac]
+        found += [f"new: {k}" for k in {*leases} - {*before} if ":" in k[0] and k[0] != attacker.mac]
+        learnt = self.host.neighbour(link_local(attacker.mac))
+        return found + ([f"neighbour: {learnt}"] if learnt not in ("", attacker.mac) else [])
+
+    def victim_is_well(self) -> None:
+        """Check that the victim pings and renews its leases."""
+        for address in (HOST4, HOST6, "fd83:5eed::1"):
+            wait_for(lambda a=address: self.victim.pings(a), f"a ping of {address}")
+        renewals = self.victim.events().count("renew 10.83")
+        self.lease4.send_signal(signal.SIGUSR1)
+        wait_for(lambda: self.victim.events().count("renew 10.83") > renewals, "a renewal over IPv4")
+        self.victim.send(bytes(solicitation(self.victim, 133)), bytes(dhcp6(self, self.victim, scapy.DHCP6_Renew)))
+        wait_for(
+            lambda: f"DHCPREPLY(br0) {self.addresses6[0]} {self.duid.hex(':')}" in self.log(), "a renewal over IPv6"
+        )
+
+    def is_dropped(self, chain: str, attacker: Client, *frames, rule: str = "", ring: bool = False) -> None:
+        """Send frames, and wait until a chain, or its rules with this in their listing, has dropped as many."""
+        before = self.host.counted(chain, rule)
+        attacker.send(*map(bytes, frames), ring=ring)
+        wait_for(lambda: self.host.counted(chain, rule) >= before + len(frames), f"drops by {chain} {rule}")
+
+    @contextlib.contextmanager
+    def without(self, chain: str, rule: str = ""):
+        """Take a chain's rules with this in their listing out of the guard, and load it again afterwards."""
+        self.host.take_out(chain, rule)
+        try:
+            yield
+        finally:
+            self.host.run("nft", "-f", self.rules)
+
+
+def bootp(attacker, kind, *options, chaddr="", hlen=6, **fields):
+    """Return a client's DHCP message."""
+    ip = scapy.Ether(src=attacker.mac, dst=EVERYONE) / scapy.IP(src="0.0.0.0", dst="255.255.255.255")
+    message = scapy.BOOTP(hlen=hlen, chaddr=octets(chaddr or attacker.mac), xid=0xABADCAFE, **fields)
+    kind = [("message-type", kind)] if kind else []
+    return ip / scapy.UDP(sport=68, dport=67) / message / scapy.DHCP(options=[*kind, *options, "end"])
+
+
+def take(attacker, address, **fields):
+    """Return a DHCP request that gives up the sender's other lease for this address."""
+    return bootp(attacker, "request", ("server_id", HOST4), ("requested_addr", address), **fields)
+
+
+def dhcp6(bridge, attacker, message, *options, duid=b"", addresses=None, times=0, server=True, **fields):
+    """Return a client's DHCPv6 message: with the victim's DUID, identity association and addresses, unless given."""
+    ip = scapy.Ether(src=attacker.mac, dst=SERVERS) / scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1:2")
+    packet = ip / scapy.UDP(sport=546, dport=547) / message(trid=7, **fields)
+    packet /= scapy.DHCP6OptClientId(duid=scapy.Raw(duid or bridge.duid))
+    if server and message not in (scapy.DHCP6_Solicit, scapy.DHCP6_Rebind):
+        packet /= scapy.DHCP6OptServerId(duid=scapy.Raw(bridge.server_duid))
+    for option in options:
+        packet /= option
+    wanted = bridge.addresses6 if addresses is None else addresses
+    listed = [scapy.DHCP6OptIAAddress(addr=a, preflft=times, validlft=times) for a in wanted]
+    return packet / scapy.DHCP6OptIA_NA(iaid=bridge.iaid, T1=0, T2=0, ianaopts=listed)
+
+
+def own_duid(attacker) -> bytes:
+    """Return a DUID that is nobody else's."""
+    return b"\0\3\0\1" + octets(attacker.mac)
+
+
+def solicitation(attacker, kind, lladdr="", before=b""):
+    """Return a router or neighbour solicitation (133, 135) or advertisement (136) with a link-layer address option."""
+    own = link_local(attacker.mac)
+    ether = scapy.Ether(src=attacker.mac, dst={133: ROUTERS, 135: HOST_MAC, 136: NODES}[kind])
+    ip = ether / scapy.IPv6(src=own, dst={133: "ff02::2", 135: HOST_LLA, 136: "ff02::1"}[kind], hlim=255)
+    message = {
+        133: scapy.ICMPv6ND_RS(),
+        135: scapy.ICMPv6ND_NS(tgt=HOST_LLA),
+        136: scapy.ICMPv6ND_NA(tgt=own, R=0, S=0, O=1),
+    }[kind]
+    option = bytes([2 if kind == 136 else 1, 1]) + octets(lladdr or attacker.mac)
+    return ip / message / scapy.Raw(before + option)
+
+
+def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
+    """Return a UDP datagram to the victim."""
+    ip = scapy.IPv6 if ":" in destination else scapy.IP
+    return (
+        scapy.Ether(src=mac or attacker.mac, dst=EVERYONE)
+        / ip(src=source, dst=destination)
+        / scapy.UDP(sport=sport, dport=dport)
+    )
