@@ -79,10 +79,23 @@ def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
     return result
 
 
-def is_alive(pid: str) -> bool:
+def process_file(pid: str | int, name: str) -> str:
+    """Return what /proc has in a file of a process, "" where the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def is_alive(pid: str | int) -> bool:
     """Tell whether a process runs: one that ended has no command line, even before its parent asks for its status."""
-    path = Path(f"/proc/{pid}/cmdline")
-    return path.exists() and path.read_text() != ""
+    return process_file(pid, "cmdline") != ""
+
+
+def mounted(mounts: dict[str, Path]) -> list[str]:
+    """Return the beginning of a command that is run where these paths are other files or folders, {path: other}."""
+    mounting = "".join(f"mount --bind '{other}' '{path}'\n" for path, other in mounts.items())
+    return ["unshare", "--mount", "sh", "-ec", f'{mounting}exec "$@"', "sh"]
 
 
 class Namespace:
