@@ -8,26 +8,27 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, Client, Host, Namespace, environment, wait_for
+from lab import EXAMPLES, UPDATE, Client, Host, Namespace, environment, mounted, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
-BINDING = EXAMPLES / "routed" / "binding.sh"
+BINDING = EXAMPLES / "routed" / "instances-binding"
+CONFIG = EXAMPLES / "routed" / "gw0.conf"
 RULES = EXAMPLES / "routed" / "routed.nft"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Routed:
-    """A host with the routed example, and guests whose devices are veth pairs."""
+    """A host with the routed example, where all that it writes to is ours, and guests whose devices are veth pairs."""
 
     def __init__(self, host: Host):
-        self.host, self.state = host, host.folder / "routed"
-        for name in ("hosts", "options", "bindings"):
-            (self.state / name).mkdir(parents=True)
-        (host.folder / "instances.hosts.d").mkdir()
-        self.config = host.example("routed/gw0.conf")
-        self.config.write_text(self.config.read_text().replace("/run/dnsmasq", f"{host.folder}/dnsmasq"))
-        self.env = environment(host.base, ROUTED_STATE=str(self.state), ROUTED_PID=f"{host.folder}/dnsmasq.gw0.pid")
+        self.host, self.state, self.env = host, host.folder / "routed", environment(host.base)
+        for name in ("instances.hosts.d", "run", "sbin"):
+            (host.folder / name).mkdir()
+        shutil.copy(UPDATE, host.folder / "sbin")
+        places = {"/var/lib/misc": host.folder, "/run": host.folder / "run", "/usr/local/sbin": host.folder / "sbin"}
+        self.mounted = mounted(places)
+        assert self.binding("restore").returncode == 0
         self.boot()
 
     def boot(self) -> None:
@@ -54,8 +55,8 @@ class Routed:
         started = log.read_text().count("started, version") if log.exists() else 0
         options = ["--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp"]
         with open(log, "a") as file:
-            command = ["dnsmasq", f"--conf-file={self.config}", *options]
-            self.dnsmasq = self.host.start(*command, env=self.env, stdout=file, stderr=file)
+            command = ["dnsmasq", f"--conf-file={CONFIG}", *options]
+            self.dnsmasq = self.host.start(*self.mounted, *command, env=self.env, stdout=file, stderr=file)
         wait_for(lambda: log.read_text().count("started, version") > started, "dnsmasq")
 
     def guest(self, number: int, device: str = "") -> Client:
@@ -63,8 +64,8 @@ class Routed:
         return self.host.client(f"guest{number}", f"10:66:6a:4c:a1:1{number}", device or f"tap{number}", bridge="")
 
     def binding(self, *arguments, **variables: str) -> subprocess.CompletedProcess:
-        """Run binding.sh."""
-        return self.host.run(BINDING, *arguments, env=self.env | variables, check=False)
+        """Run instances-binding."""
+        return self.host.run(*self.mounted, BINDING, *arguments, env=self.env | variables, check=False)
 
     def add(self, number: int, **changes: str) -> str:
         """Add a binding; return what was said."""
@@ -110,20 +111,20 @@ class Routed:
 
     def leases(self) -> str:
         """Return dnsmasq's leases."""
-        paths = (self.state / "leases", self.host.folder / "dnsmasq.gw0.leases")
-        return "".join(path.read_text() for path in paths if path.exists())
+        path = self.state / "leases"
+        return path.read_text() if path.exists() else ""
 
 
 @pytest.fixture
 def routed(host):
-    need("flock", "dhcp_release")
+    need("unshare", "dhcp_release")
     return Routed(host)
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory):
     """A host for the tests that leave it as it was."""
-    need(*PROGRAMS, "flock", "dhcp_release")
+    need(*PROGRAMS, "unshare", "dhcp_release")
     host = Host(tmp_path_factory.mktemp("routed"))
     try:
         yield Routed(host)
@@ -443,7 +444,7 @@ def test_two_adds_of_one_address_at_once_are_one(standing, tmp_path):
     slow.chmod(0o755)
     env = standing.env | {"PATH": f"{tmp_path}:{standing.env['PATH']}"}
     files = [standing.file(number, IP="10.85.0.77", SUBNET6="") for number in range(6, 10)]
-    command = standing.host.command(BINDING, "add")
+    command = standing.host.command(*standing.mounted, BINDING, "add")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = [subprocess.Popen([*command, path], env=env, text=True, **pipes) for path in files]
     said = [process.communicate(timeout=60)[1] for process in started]
@@ -503,7 +504,7 @@ def test_prefix_and_addresses_written_out_are_the_same(standing):
 
 def test_routed_example_makes_and_deletes_a_tap(standing):
     before = standing.kernel()
-    file = standing.file(7).rename(standing.host.folder / "guest 7's $(binding)")
+    file = standing.file(7).rename(standing.host.folder / "guest 7's $(reboot)")
     assert standing.binding("add", file).returncode == 0
     assert "tun type tap" in standing.host.run("ip", "-details", "link", "show", "tap7").stdout
     assert standing.binding("add", file).returncode == 1
@@ -557,10 +558,10 @@ def test_what_can_not_be_is_refused_in_a_line_and_changes_nothing(standing):
     for changes in REFUSED:
         result = standing.binding("add", standing.file(5, **changes))
         assert result.returncode == 1, changes
-        assert re.fullmatch(r"binding\.sh: (\S+binding5: )?.+\n", result.stderr), result.stderr
+        assert re.fullmatch(r"instances-binding: .+\n", result.stderr), result.stderr
         assert any(word in result.stderr for pair in changes.items() for word in pair if word), changes
     missing = standing.binding("add", standing.host.folder / "missing")
-    assert missing.returncode == 1 and missing.stderr.endswith("missing: No such file or directory\n")
+    assert missing.returncode == 1 and missing.stderr.endswith("missing'\n") and "No such file" in missing.stderr
     assert standing.kernel() == before and standing.binding("list").stdout == ""
     assert not list((standing.state / "hosts").iterdir())
 
