@@ -49,11 +49,11 @@ class Routed:
         ):
             self.host.run("ip", *command.split())
 
-    def start_dnsmasq(self) -> None:
+    def start_dnsmasq(self, *options: str) -> None:
         """Start the example's dnsmasq; return when it answers."""
         log = self.host.log
         started = log.read_text().count("started, version") if log.exists() else 0
-        options = ["--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp"]
+        options += ("--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp")
         with open(log, "a") as file:
             command = ["dnsmasq", f"--conf-file={CONFIG}", *options]
             self.dnsmasq = self.host.start(*self.mounted, *command, env=self.env, stdout=file, stderr=file)
@@ -130,6 +130,30 @@ def standing(tmp_path_factory):
         yield Routed(host)
     finally:
         host.close()
+
+
+RESOLVER = """
+import socket
+asked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+asked.bind(("127.0.0.1", 53))
+while True:
+    print(asked.recv(512), flush=True)
+"""
+
+
+def test_dnsmasq_leaves_loopback_to_another_resolver_and_does_not_ask_it_of_its_own_networks(routed):
+    host, log = routed.host, routed.host.folder / "asked"
+    host.stop(routed.dnsmasq)
+    with open(log, "w") as file:
+        host.start("python3", "-c", RESOLVER, stdout=file)
+    wait_for(lambda: "127.0.0.1:53" in host.run("ss", "-lun").stdout, "the other resolver")
+    routed.start_dnsmasq("--server=127.0.0.1")
+    ask = ("dig", "+timeout=1", "+tries=1", "@10.85.0.1")
+    for address in ("10.85.0.99", "2001:67c:85::99"):
+        assert "NXDOMAIN" in host.run(*ask, "-x", address).stdout
+    host.run(*ask, "-x", "192.0.2.99", check=False)
+    wait_for(lambda: "\\x0299\\x012\\x010\\x03192" in log.read_text(), "a question about another network")
+    assert log.read_text().count("in-addr") == 1 and "ip6" not in log.read_text()
 
 
 def has_default_route(guest: Client) -> bool:
@@ -378,6 +402,86 @@ def test_no_guest_asks_a_server_elsewhere_or_is_one(standing):
     finally:
         outside.close()
         standing.remove("tap2")
+
+
+LISTENER = """
+import socket, sys
+listener = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+listener.bind(("::", 5000))
+print("ready", flush=True)
+while True:
+    print(*listener.recvfrom(2000), flush=True)
+"""
+
+
+def fragments(source: str, target: str, payload: bytes, at: int, number: int, protocol: int = 17, label: int = 0):
+    """Return a datagram in two fragments, the first as long as said."""
+    for offset, data in ((0, payload[:at]), (at // 8, payload[at:])):
+        more = 1 if offset == 0 else 0
+        if ":" in source:
+            header = bytes([protocol, 0]) + (offset << 3 | more).to_bytes(2, "big") + number.to_bytes(4, "big")
+            yield scapy.IPv6(src=source, dst=target, nh=44, fl=label if offset else 0) / (header + data)
+        else:
+            yield scapy.IP(src=source, dst=target, proto=protocol, id=number, flags=more, frag=offset) / data
+
+
+def test_later_fragments_get_through_whatever_their_data_looks_like(standing):
+    guest, log = standing.guest(6, "vif6"), standing.host.folder / "received"
+    standing.add(6, INDEV="vif6")
+    guest.dhcp4()
+    guest.send(solicitation(guest))
+    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    with open(log, "w") as file:
+        standing.host.start("python3", "-c", LISTENER, stdout=file)
+    wait_for(lambda: "ready" in log.read_text(), "the listener")
+    router = standing.host.run("cat", "/sys/class/net/vif6/address").stdout.strip()
+    before = standing.drops()
+    for source, target in ((guest.addresses("10")[0], "10.85.0.1"), (guest.addresses("2001")[0], "2001:67c:85::1")):
+        for port in (67, 68, 546, 547):
+            data = b"port %03d" % port + 8 * b"." + 4 * port.to_bytes(2, "big")
+            ip = scapy.IPv6(src=source, dst=target) if ":" in source else scapy.IP(src=source, dst=target)
+            udp = bytes(ip / scapy.UDP(sport=5000, dport=5000) / data)[-8 - len(data) :]
+            for frame in fragments(source, target, udp, 24, port, label=port):
+                guest.send(bytes(scapy.Ether(src=guest.mac, dst=router) / frame))
+            wait_for(lambda s=source, p=port: re.search(rf"port {p:03}.*{s}", log.read_text()), f"{source} {port}")
+    assert standing.drops() == before
+    standing.remove("vif6")
+
+
+def test_no_request_leaves_the_host_in_fragments_that_hide_it(standing):
+    guest = standing.guest(2, "vif2")
+    standing.add(2, INDEV="vif2")
+    guest.send(solicitation(guest))
+    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    host, [source], target = standing.host, guest.addresses("2001"), "2001:67c:99::9"
+    host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "unplugged")
+    host.run("ip", "link", "set", "uplink", "up")
+    host.run("ip", "link", "set", "unplugged", "up")
+    host.run("ip", "address", "add", "2001:67c:99::1/64", "dev", "uplink", "nodad")
+    host.run("ip", "neighbour", "add", target, "lladdr", "10:66:6a:4c:a1:99", "dev", "uplink")
+    rules = "table ip6 c { counter out { }; chain c { type filter hook postrouting priority 0;"
+    host.run("nft", f'{rules} oifname "uplink" exthdr frag exists counter name out; }}; }}')
+
+    def out():
+        return int(re.search(r"packets (\d+)", host.run("nft", "list", "counter", "ip6", "c", "out").stdout)[1])
+
+    router = host.run("cat", "/sys/class/net/vif2/address").stdout.strip()
+    options = bytes([17, 1, 1, 12]) + bytes(12)  # Destination Options with padding, and UDP behind
+    request = bytes(scapy.UDP(sport=546, dport=547) / scapy.DHCP6_Solicit(trid=7)) + bytes(40)
+
+    def send(*arguments):
+        frames = fragments(source, target, *arguments)
+        guest.send(*(bytes(scapy.Ether(src=guest.mac, dst=router) / frame) for frame in frames))
+
+    send(bytes(scapy.UDP(sport=5000, dport=5000)) + bytes(40), 16, 1)
+    wait_for(lambda: out() == 2, "other fragments")
+    for at in (8, 16, 24):  # the UDP header in the second fragment, or behind other headers
+        send(options + request, at, at, 60)
+    wait_for(lambda: out() >= 2 + 3, "the second fragments")
+    assert out() == 2 + 3, "the first ones are dropped"
+    host.run("nft", "delete", "table", "ip6", "c")
+    host.run("ip", "link", "delete", "uplink")
+    standing.remove("vif2")
 
 
 def test_guest_is_no_router_for_the_host(standing):
