@@ -114,17 +114,23 @@ def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
     return result
 
 
-def process_file(pid: str, name: str) -> str:
-    """Return what /proc says of a process in one of its files, "" if it is gone."""
+def process_file(pid: str | int, name: str) -> str:
+    """Return what /proc has in a file of a process, "" where the process is gone."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
-def is_alive(pid: str) -> bool:
+def is_alive(pid: str | int) -> bool:
     """Tell whether a process runs: one that ended has no command line, even before its parent asks for its status."""
     return process_file(pid, "cmdline") != ""
+
+
+def mounted(mounts: dict[str, Path]) -> list[str]:
+    """Return the beginning of a command that is run where these paths are other files or folders, {path: other}."""
+    mounting = "".join(f"mount --bind '{other}' '{path}'\n" for path, other in mounts.items())
+    return ["unshare", "--mount", "sh", "-ec", f'{mounting}exec "$@"', "sh"]
 
 
 class Namespace:
@@ -246,7 +252,7 @@ class Client(Namespace):
         return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
     def send(self, *frames: bytes, ring: bool = False) -> None:
-        """Put frames on the interface; return when they are sent. By a ring, what is behind the Ethernet header lies apart."""
+        """Put frames on the interface; return when they are sent. By a ring, all behind the first header lies apart."""
         code, pipes = RING if ring else SOCKET, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         if code not in self.senders:
             self.senders[code] = self.start(sys.executable, "-c", code, text=True, **pipes)

@@ -8,26 +8,27 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, Client, Host, Namespace, environment, wait_for
+from lab import EXAMPLES, UPDATE, Client, Host, Namespace, environment, mounted, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
-BINDING = EXAMPLES / "routed" / "binding.sh"
+BINDING = EXAMPLES / "routed" / "instances-binding"
+CONFIG = EXAMPLES / "routed" / "gw0.conf"
 RULES = EXAMPLES / "routed" / "routed.nft"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Routed:
-    """A host with the routed example, and guests whose devices are veth pairs."""
+    """A host with the routed example, where all that it writes to is ours, and guests whose devices are veth pairs."""
 
     def __init__(self, host: Host):
-        self.host, self.state = host, host.folder / "routed"
-        for name in ("hosts", "options", "bindings"):
-            (self.state / name).mkdir(parents=True)
-        (host.folder / "instances.hosts.d").mkdir()
-        self.config = host.example("routed/gw0.conf")
-        self.config.write_text(self.config.read_text().replace("/run/dnsmasq", f"{host.folder}/dnsmasq"))
-        self.env = environment(host.base, ROUTED_STATE=str(self.state), ROUTED_PID=f"{host.folder}/dnsmasq.gw0.pid")
+        self.host, self.state, self.env = host, host.folder / "routed", environment(host.base)
+        for name in ("instances.hosts.d", "run", "sbin"):
+            (host.folder / name).mkdir()
+        shutil.copy(UPDATE, host.folder / "sbin")
+        places = {"/var/lib/misc": host.folder, "/run": host.folder / "run", "/usr/local/sbin": host.folder / "sbin"}
+        self.mounted = mounted(places)
+        assert self.binding("restore").returncode == 0
         self.boot()
 
     def boot(self) -> None:
@@ -48,14 +49,14 @@ class Routed:
         ):
             self.host.run("ip", *command.split())
 
-    def start_dnsmasq(self) -> None:
+    def start_dnsmasq(self, *options: str) -> None:
         """Start the example's dnsmasq; return when it answers."""
         log = self.host.log
         started = log.read_text().count("started, version") if log.exists() else 0
-        options = ["--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp"]
+        options += ("--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp")
         with open(log, "a") as file:
-            command = ["dnsmasq", f"--conf-file={self.config}", *options]
-            self.dnsmasq = self.host.start(*command, env=self.env, stdout=file, stderr=file)
+            command = ["dnsmasq", f"--conf-file={CONFIG}", *options]
+            self.dnsmasq = self.host.start(*self.mounted, *command, env=self.env, stdout=file, stderr=file)
         wait_for(lambda: log.read_text().count("started, version") > started, "dnsmasq")
 
     def guest(self, number: int, device: str = "") -> Client:
@@ -63,8 +64,8 @@ class Routed:
         return self.host.client(f"guest{number}", f"10:66:6a:4c:a1:1{number}", device or f"tap{number}", bridge="")
 
     def binding(self, *arguments, **variables: str) -> subprocess.CompletedProcess:
-        """Run binding.sh."""
-        return self.host.run(BINDING, *arguments, env=self.env | variables, check=False)
+        """Run instances-binding."""
+        return self.host.run(*self.mounted, BINDING, *arguments, env=self.env | variables, check=False)
 
     def add(self, number: int, **changes: str) -> str:
         """Add a binding; return what was said."""
@@ -110,25 +111,49 @@ class Routed:
 
     def leases(self) -> str:
         """Return dnsmasq's leases."""
-        paths = (self.state / "leases", self.host.folder / "dnsmasq.gw0.leases")
-        return "".join(path.read_text() for path in paths if path.exists())
+        path = self.state / "leases"
+        return path.read_text() if path.exists() else ""
 
 
 @pytest.fixture
 def routed(host):
-    need("flock", "dhcp_release")
+    need("unshare", "dhcp_release")
     return Routed(host)
 
 
 @pytest.fixture(scope="module")
 def standing(tmp_path_factory):
     """A host for the tests that leave it as it was."""
-    need(*PROGRAMS, "flock", "dhcp_release")
+    need(*PROGRAMS, "unshare", "dhcp_release")
     host = Host(tmp_path_factory.mktemp("routed"))
     try:
         yield Routed(host)
     finally:
         host.close()
+
+
+RESOLVER = """
+import socket
+asked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+asked.bind(("127.0.0.1", 53))
+while True:
+    print(asked.recv(512), flush=True)
+"""
+
+
+def test_dnsmasq_leaves_loopback_to_another_resolver_and_does_not_ask_it_of_its_own_networks(routed):
+    host, log = routed.host, routed.host.folder / "asked"
+    host.stop(routed.dnsmasq)
+    with open(log, "w") as file:
+        host.start("python3", "-c", RESOLVER, stdout=file)
+    wait_for(lambda: "127.0.0.1:53" in host.run("ss", "-lun").stdout, "the other resolver")
+    routed.start_dnsmasq("--server=127.0.0.1")
+    ask = ("dig", "+timeout=1", "+tries=1", "@10.85.0.1")
+    for address in ("10.85.0.99", "2001:67c:85::99"):
+        assert "NXDOMAIN" in host.run(*ask, "-x", address).stdout
+    host.run(*ask, "-x", "192.0.2.99", check=False)
+    wait_for(lambda: "\\x0299\\x012\\x010\\x03192" in log.read_text(), "a question about another network")
+    assert log.read_text().count("in-addr") == 1 and "ip6" not in log.read_text()
 
 
 def has_default_route(guest: Client) -> bool:
@@ -379,6 +404,86 @@ def test_no_guest_asks_a_server_elsewhere_or_is_one(standing):
         standing.remove("tap2")
 
 
+LISTENER = """
+import socket, sys
+listener = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+listener.bind(("::", 5000))
+print("ready", flush=True)
+while True:
+    print(*listener.recvfrom(2000), flush=True)
+"""
+
+
+def fragments(source: str, target: str, payload: bytes, at: int, number: int, protocol: int = 17, label: int = 0):
+    """Return a datagram in two fragments, the first as long as said."""
+    for offset, data in ((0, payload[:at]), (at // 8, payload[at:])):
+        more = 1 if offset == 0 else 0
+        if ":" in source:
+            header = bytes([protocol, 0]) + (offset << 3 | more).to_bytes(2, "big") + number.to_bytes(4, "big")
+            yield scapy.IPv6(src=source, dst=target, nh=44, fl=label if offset else 0) / (header + data)
+        else:
+            yield scapy.IP(src=source, dst=target, proto=protocol, id=number, flags=more, frag=offset) / data
+
+
+def test_later_fragments_get_through_whatever_their_data_looks_like(standing):
+    guest, log = standing.guest(6, "vif6"), standing.host.folder / "received"
+    standing.add(6, INDEV="vif6")
+    guest.dhcp4()
+    guest.send(solicitation(guest))
+    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    with open(log, "w") as file:
+        standing.host.start("python3", "-c", LISTENER, stdout=file)
+    wait_for(lambda: "ready" in log.read_text(), "the listener")
+    router = standing.host.run("cat", "/sys/class/net/vif6/address").stdout.strip()
+    before = standing.drops()
+    for source, target in ((guest.addresses("10")[0], "10.85.0.1"), (guest.addresses("2001")[0], "2001:67c:85::1")):
+        for port in (67, 68, 546, 547):
+            data = b"port %03d" % port + 8 * b"." + 4 * port.to_bytes(2, "big")
+            ip = scapy.IPv6(src=source, dst=target) if ":" in source else scapy.IP(src=source, dst=target)
+            udp = bytes(ip / scapy.UDP(sport=5000, dport=5000) / data)[-8 - len(data) :]
+            for frame in fragments(source, target, udp, 24, port, label=port):
+                guest.send(bytes(scapy.Ether(src=guest.mac, dst=router) / frame))
+            wait_for(lambda s=source, p=port: re.search(rf"port {p:03}.*{s}", log.read_text()), f"{source} {port}")
+    assert standing.drops() == before
+    standing.remove("vif6")
+
+
+def test_no_request_leaves_the_host_in_fragments_that_hide_it(standing):
+    guest = standing.guest(2, "vif2")
+    standing.add(2, INDEV="vif2")
+    guest.send(solicitation(guest))
+    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    host, [source], target = standing.host, guest.addresses("2001"), "2001:67c:99::9"
+    host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "unplugged")
+    host.run("ip", "link", "set", "uplink", "up")
+    host.run("ip", "link", "set", "unplugged", "up")
+    host.run("ip", "address", "add", "2001:67c:99::1/64", "dev", "uplink", "nodad")
+    host.run("ip", "neighbour", "add", target, "lladdr", "10:66:6a:4c:a1:99", "dev", "uplink")
+    rules = "table ip6 c { counter out { }; chain c { type filter hook postrouting priority 0;"
+    host.run("nft", f'{rules} oifname "uplink" exthdr frag exists counter name out; }}; }}')
+
+    def out():
+        return int(re.search(r"packets (\d+)", host.run("nft", "list", "counter", "ip6", "c", "out").stdout)[1])
+
+    router = host.run("cat", "/sys/class/net/vif2/address").stdout.strip()
+    options = bytes([17, 1, 1, 12]) + bytes(12)  # Destination Options with padding, and UDP behind
+    request = bytes(scapy.UDP(sport=546, dport=547) / scapy.DHCP6_Solicit(trid=7)) + bytes(40)
+
+    def send(*arguments):
+        frames = fragments(source, target, *arguments)
+        guest.send(*(bytes(scapy.Ether(src=guest.mac, dst=router) / frame) for frame in frames))
+
+    send(bytes(scapy.UDP(sport=5000, dport=5000)) + bytes(40), 16, 1)
+    wait_for(lambda: out() == 2, "other fragments")
+    for at in (8, 16, 24):  # the UDP header in the second fragment, or behind other headers
+        send(options + request, at, at, 60)
+    wait_for(lambda: out() >= 2 + 3, "the second fragments")
+    assert out() == 2 + 3, "the first ones are dropped"
+    host.run("nft", "delete", "table", "ip6", "c")
+    host.run("ip", "link", "delete", "uplink")
+    standing.remove("vif2")
+
+
 def test_guest_is_no_router_for_the_host(standing):
     guest = standing.guest(9)
     standing.add(9)
@@ -443,7 +548,7 @@ def test_two_adds_of_one_address_at_once_are_one(standing, tmp_path):
     slow.chmod(0o755)
     env = standing.env | {"PATH": f"{tmp_path}:{standing.env['PATH']}"}
     files = [standing.file(number, IP="10.85.0.77", SUBNET6="") for number in range(6, 10)]
-    command = standing.host.command(BINDING, "add")
+    command = standing.host.command(*standing.mounted, BINDING, "add")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     started = [subprocess.Popen([*command, path], env=env, text=True, **pipes) for path in files]
     said = [process.communicate(timeout=60)[1] for process in started]
@@ -503,7 +608,7 @@ def test_prefix_and_addresses_written_out_are_the_same(standing):
 
 def test_routed_example_makes_and_deletes_a_tap(standing):
     before = standing.kernel()
-    file = standing.file(7).rename(standing.host.folder / "guest 7's $(binding)")
+    file = standing.file(7).rename(standing.host.folder / "guest 7's $(reboot)")
     assert standing.binding("add", file).returncode == 0
     assert "tun type tap" in standing.host.run("ip", "-details", "link", "show", "tap7").stdout
     assert standing.binding("add", file).returncode == 1
@@ -557,10 +662,10 @@ def test_what_can_not_be_is_refused_in_a_line_and_changes_nothing(standing):
     for changes in REFUSED:
         result = standing.binding("add", standing.file(5, **changes))
         assert result.returncode == 1, changes
-        assert re.fullmatch(r"binding\.sh: (\S+binding5: )?.+\n", result.stderr), result.stderr
+        assert re.fullmatch(r"instances-binding: .+\n", result.stderr), result.stderr
         assert any(word in result.stderr for pair in changes.items() for word in pair if word), changes
     missing = standing.binding("add", standing.host.folder / "missing")
-    assert missing.returncode == 1 and missing.stderr.endswith("missing: No such file or directory\n")
+    assert missing.returncode == 1 and missing.stderr.endswith("missing'\n") and "No such file" in missing.stderr
     assert standing.kernel() == before and standing.binding("list").stdout == ""
     assert not list((standing.state / "hosts").iterdir())
 
