@@ -1,0 +1,389 @@
+#!/usr/bin/env python3
+"""Send frames that nobody normal sends through the guard of a bridge, and judge what arrives behind it.
+
+As root: /usr/bin/python3 -B tests/fuzz.py [--frames N] [--seed N] [--br-netfilter 0|1] [--rules FILE]. The rules are
+examples/nftables/bridge.nft with the chains of a small registry. Their limits on how often a guest may do something are
+lifted, since they would stop what is to be judged. The last line has the seed, which repeats the run. Each finding is a
+line with what is needed to send its frames once more, alone and in the same way:
+
+    tests/fuzz.py --again SENDER raw|ring FRAME...        each frame in hexadecimal
+
+--without N takes away the Nth rule; --without-each-rule does so with each by turns, and prints what was found first, or
+that it was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest
+guests send did not), else 0.
+
+fuzz_frames.py makes the frames. fuzz_judge.py judges them: it knows the registry, the RFCs and Linux, and no rule.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import random
+import re
+import select
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from fuzz_frames import MULTICAST6, Generator, seal
+from fuzz_judge import (
+    BRIDGE_GROUP,
+    CLAIMED,
+    CLOCK,
+    EVERYONE,
+    ICMP6,
+    NOBODY,
+    REGISTRY,
+    SENDERS,
+    SOLICIT,
+    SOLICITED_NODE,
+    VICTIM,
+    Judge,
+    Reassembly,
+    ip,
+    read,
+    untagged,
+)
+from lab import EXAMPLES, PROCESS, Host, environment
+
+# ---- The bridge, and what hears behind the guard
+
+# What the host's own stack takes from a port, past the bridge's hooks: what would come behind the guard is logged
+LOGS = "".join(
+    f"""
+table {family} fuzz {{
+    chain {hook} {{
+        type filter hook {hook} priority -299
+        iifname != "br0" @ll,0,44 0x0180c200000 log group 1
+    }}
+}}"""
+    for family, hook in (("inet", "prerouting"), ("arp", "input"))
+)
+
+
+class Deaf(Exception):
+    """Not even an ordinary ARP request of an honest guest arrived."""
+
+
+@contextlib.contextmanager
+def inside(namespace: str):
+    """Be in a network namespace: sockets that are made there stay there."""
+    libc = ctypes.CDLL(None)
+    with open("/proc/self/ns/net") as here, open(f"/run/netns/{namespace}") as there:
+        assert libc.setns(there.fileno(), 0) == 0
+        yield
+        assert libc.setns(here.fileno(), 0) == 0
+
+
+def packet_socket(interface: str, protocol: int = 0) -> socket.socket:
+    """Return a raw socket of an interface, which hears a protocol, but not what is sent there."""
+    result = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    result.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+    result.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING
+    result.bind((interface, protocol))
+    return result
+
+
+class Ring:
+    """A PACKET_TX_RING: the kernel has only the Ethernet header of its frames in one piece (linux/if_packet.h)."""
+
+    SIZE, COUNT = 2048, 128
+
+    def __init__(self, interface: str):
+        self.socket, self.next = packet_socket(interface), 0
+        self.socket.setsockopt(263, 10, 1)  # PACKET_VERSION, TPACKET_V2
+        self.socket.setsockopt(263, 13, struct.pack("4I", self.SIZE * 32, self.COUNT // 32, self.SIZE, self.COUNT))
+        self.memory = mmap.mmap(self.socket.fileno(), self.SIZE * self.COUNT)
+
+    def send(self, frames: list[bytes]) -> None:
+        """Send frames, no more than the ring has room for."""
+        for frame in frames:
+            at = self.next * self.SIZE
+            self.memory[at + 32 : at + 32 + len(frame)] = frame
+            self.memory[at : at + 8] = struct.pack("II", 1, len(frame))  # TP_STATUS_SEND_REQUEST
+            self.next = (self.next + 1) % self.COUNT
+        self.socket.send(b"")
+
+
+def log_socket() -> socket.socket:
+    """Return a socket that hears the whole packets of nftables' `log group 1`, one a message (nfnetlink_log.h)."""
+    result = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
+    for command in ("0500010001000000", "0a000200ffffffff02000000", "0800050000000001"):  # bind, copy all, no waiting
+        message = b"\0\0\0\1" + bytes.fromhex(command)
+        result.send(struct.pack("IHHII", 16 + len(message), 0x401, 5, 0, 0) + message)
+        assert not any(result.recv(100)[16:20]), "nfnetlink_log"
+    return result
+
+
+def heard(ear: socket.socket) -> list[bytes]:
+    """Return the messages that a netlink socket has."""
+    messages = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            messages.append(ear.recv(65536, socket.MSG_DONTWAIT))
+    return messages
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Return the attributes of a netlink message."""
+    found = {}
+    while len(data) >= 4:
+        size, number = struct.unpack_from("HH", data)
+        found[number & 0x3FFF] = data[4:size]
+        data = data[size + 3 & ~3 :]
+    return found
+
+
+class Bed(Host):
+    """A guarded bridge with the senders, a victim, and sockets behind the guard."""
+
+    def __init__(self, folder: Path, rules: Path, br_netfilter: int):
+        super().__init__(folder, addresses=())
+        for family in ("ip", "ip6", "arp") if Path("/proc/sys/net/bridge").exists() or br_netfilter else ():
+            self.set(f"net/bridge/bridge-nf-call-{family}tables", str(br_netfilter))
+        self.guard, self.ports, self.raw, self.rings, self.ears, self.ticks = self.rules(rules), {}, {}, {}, {}, 0
+        for label, owner in {"victim": VICTIM, **SENDERS}.items():
+            self.ports[owner] = f"port{len(self.ports)}"
+            client = self.client(label, owner.hex(":"), port=self.ports[owner], wait=False)
+            client.set("net/ipv6/conf/all/disable_ipv6", "1")  # its own kernel is silent
+            with inside(client.name):
+                self.raw[owner], self.rings[owner] = packet_socket("eth0"), Ring("eth0")
+                self.ears = {"guest": packet_socket("eth0", 3)} if owner == VICTIM else self.ears  # ETH_P_ALL
+        with inside(self.name):
+            self.ears["host"], self.port = packet_socket("br0", 3), log_socket()
+            self.snooping = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+            self.snooping.bind((0, 0))
+            self.snooping.setsockopt(270, 1, 26)  # SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_MDB
+
+    def rules(self, file: Path) -> str:
+        """Return the guard's rules, of a file that may include the chains of our registry."""
+        registry = {owner.hex(":"): entry for owner, entry in REGISTRY.items()}
+        Path(f"{self.base}.json").write_text(json.dumps(registry))
+        self.run(sys.executable, PROCESS, "--force", env=environment(self.base))
+        text = re.sub(
+            'include "(.*)"', lambda found: Path(found[1]).read_text(), self.example(str(file.absolute())).read_text()
+        )
+        return re.sub(r"rate over \S+ burst \S+ packets", "rate over 1000000/second burst 1000000 packets", text)
+
+    def load(self, without: int = 0) -> str:
+        """Load the guard and have everybody claim an address; then take away a rule, if given, and return it."""
+        self.run("nft", "-f", "-", input=f"flush ruleset\n{self.guard}\n{LOGS}")
+        for owner, address in CLAIMED.items():
+            group = SOLICITED_NODE + address[13:]
+            data = seal(ICMP6, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)
+            packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + NOBODY + group + data
+            self.exchange(owner, "raw", [MULTICAST6 + owner + b"\x86\xdd" + packet])
+        if not without:
+            return ""
+        place, rule, handle = self.listing()[without - 1]
+        self.run("nft", "delete", "rule", *place, "handle", handle)
+        return f"{' '.join(place)}: {rule}"
+
+    def listing(self) -> list[tuple[list[str], str, str]]:
+        """Return the guard's rules: (family, table and chain; text; handle)."""
+        rules, place = [], []
+        for line in self.run("nft", "-a", "list", "ruleset").stdout.splitlines():
+            text, _, handle = line.strip().partition(" # handle ")
+            if text.startswith(("table ", "chain ")):
+                place = text.split()[1:3] if text.startswith("table ") else [*place[:2], text.split()[1]]
+            elif handle and not text.startswith(("set ", "type ")) and place[1] != "fuzz":
+                rules.append((place, text, handle))
+        return rules
+
+    def exchange(self, sender: bytes, way: str, frames: list[bytes]) -> dict[str, list[bytes]]:
+        """Send frames, and one that is known to pass; return what arrived before that one: place, frames.
+
+        At "port" is what the host's stack takes from the sender's port, without its Ethernet header.
+        """
+        if way == "ring":
+            self.rings[sender].send(frames)
+        else:
+            for frame in frames:
+                self.raw[sender].send(frame)
+        self.ticks += 1
+        clock = (
+            EVERYONE + CLOCK + b"\x08\6\0\1\x08\0\6\4\0\1" + CLOCK + ip("10.83.0.15") + struct.pack("!6xI", self.ticks)
+        )
+        self.raw[sender].send(clock)
+        arrived = {
+            place: self.hear(ear, clock) for place, ear in self.ears.items() if (sender, place) != (VICTIM, "guest")
+        }
+        return arrived | {"port": [attributes(message[20:]).get(9) for message in heard(self.port)]}  # NFULA_PAYLOAD
+
+    @staticmethod
+    def hear(ear: socket.socket, clock: bytes) -> list[bytes]:
+        """Return the frames that a socket hears before that of the clock."""
+        frames, deadline = [], time.monotonic() + 10
+        while time.monotonic() < deadline:
+            if select.select([ear], [], [], 0.1)[0]:
+                frames.append(ear.recv(2048))
+                if frames[-1] == clock:
+                    return frames[:-1]
+        raise Deaf
+
+    def believed_query(self, sender: bytes) -> bool:
+        """Tell whether the bridge has taken the sender for a multicast router, which queries; make it forget that."""
+        new = [message for message in heard(self.snooping) if message[4] == 84]  # RTM_NEWMDB
+        if not any(2 in attributes(message[24:]) for message in new):  # MDBA_ROUTER
+            return False
+        variable = f"/sys/class/net/{self.ports[sender]}/brport/multicast_router"
+        self.run("sh", "-c", f"echo 0 > {variable}; echo 1 > {variable}")
+        return True
+
+
+# ---- A run
+
+BATCH = 64
+
+
+class Trial:
+    """Frames sent and judged, and what was found."""
+
+    def __init__(self, bed: Bed):
+        self.bed, self.judge, self.count, self.first = bed, Judge(), Counter(), ""
+
+    def found(self, what: str, why: str, sender: str, way: str, frames: list[bytes]) -> None:
+        """Count a finding and print it with what is needed to send it again."""
+        self.count[what] += 1
+        self.first = self.first or f"{what}: {why}"
+        print(f"{what}: {why}: --again {sender} {way} {' '.join(frame.hex() for frame in frames)}", flush=True)
+
+    def send(self, sender: str, way: str, frames: list[bytes]) -> None:
+        """Send a sender's frames and judge what arrived, and what did not."""
+        owner = SENDERS[sender]
+        arrived = self.bed.exchange(owner, way, frames)
+        if self.bed.believed_query(owner):
+            self.find_query(sender, way, frames)
+        known = {}
+        for frame in sorted(
+            frames, key=lambda frame: frame == untagged(frame)
+        ):  # the last of two that look alike is it
+            known |= dict.fromkeys(aliases(frame), frame)
+        known |= {frame: frame for frame in frames}
+        for place in self.bed.ears:
+            here = [known.get(frame, frame) for frame in arrived[place] if frame[6:12] == owner]
+            self.judge_arrived(sender, way, place, here)
+            for frame in set(frames) - set(here):
+                if self.judge.needed(frame, place) and not self.arrives(owner, way, frame, place):
+                    self.found("false drop", f"at the {place}", sender, way, [frame])
+            self.count["needed"] += sum(self.judge.needed(frame, place) for frame in frames)
+            self.count["forbidden"] += sum(bool(self.judge.forbidden(frame, place)) for frame in frames)
+        for frame in map(untagged, frames):
+            if (
+                frame[:5] == BRIDGE_GROUP
+                and frame[14:] in arrived["port"]
+                and (why := self.judge.forbidden(frame, "host"))
+            ):
+                self.found("violation", f"at the host, past the bridge: {why}", sender, way, [frame])
+        self.count["frames"] += len(frames)
+
+    def arrives(self, owner: bytes, way: str, frame: bytes, place: str) -> bool:
+        """Tell whether a frame that did not arrive does so alone: then the machine lost it, not the guard."""
+        return bool({*aliases(frame)} & {*self.bed.exchange(owner, way, [frame])[place]})
+
+    def judge_arrived(self, sender: str, way: str, place: str, frames: list[bytes]) -> None:
+        """Judge what came to a place, in its order, and the packets that fragments make."""
+        reassembly = Reassembly()
+        for frame in frames:
+            self.judge.settle(frame)
+            parts, why = [frame], self.judge.forbidden(frame, place)
+            while parts and not why and (packet := read(frame)) and packet.fragment:
+                body, parts = reassembly.add(frame, packet)
+                frame = frame[:14] + body
+                why = parts and self.judge.forbidden(frame, place)
+            if why:
+                self.found("violation", f"at the {place}: {why}", sender, way, parts)
+
+    def find_query(self, sender: str, way: str, frames: list[bytes]) -> None:
+        """Send frames one by one to find those that the bridge believes to be a router's; all, if it is none alone."""
+        believed = []
+        for frame in frames:
+            self.bed.exchange(SENDERS[sender], way, [frame])
+            believed += [[frame]] if self.bed.believed_query(SENDERS[sender]) else []
+        for culprit in believed or [frames]:
+            self.found("violation", "the bridge believes a multicast query", sender, way, culprit)
+
+    def run(self, frames: int, seed: int, patient: bool = True) -> None:
+        """Send so many frames of a seed; without patience, only until something is found."""
+        generator = Generator(seed)
+        while self.count["frames"] < frames and (patient or not self.first):
+            sender, way = generator.pick(*SENDERS), generator.pick("raw", "ring")
+            generator.start(SENDERS[sender])
+            batch = {}
+            while len(batch) < BATCH:
+                batch |= dict.fromkeys(generator.frames())
+            try:
+                self.send(sender, way, list(batch))
+            except Deaf:
+                self.found("false drop", Deaf.__doc__, sender, way, list(batch))
+                return
+
+
+def aliases(frame: bytes) -> list[bytes]:
+    """Return the forms in which a frame may arrive: without tags, and without what is behind its packet's length."""
+    plain = untagged(frame)
+    packet = read(plain)
+    return [frame, plain, plain[: 14 + packet.length]] if packet else [frame, plain]
+
+
+@contextlib.contextmanager
+def bed(options: argparse.Namespace):
+    """Give a bed as the options have it."""
+    with tempfile.TemporaryDirectory() as folder:
+        bed = Bed(Path(folder), options.rules, options.br_netfilter)
+        with contextlib.closing(bed):
+            yield bed
+
+
+def without_each_rule(options: argparse.Namespace) -> None:
+    """Run without each of the guard's rules by turns; print what was found first, and after how many frames."""
+    number, count = 0, 1
+    while number < count:
+        number += 1
+        with bed(options) as here:
+            rule, trial, count = here.load(number), Trial(here), len(here.listing()) + 1
+            with contextlib.redirect_stdout(open(os.devnull, "w")):
+                trial.run(options.frames, options.seed, patient=False)
+        print(f"{number} | {trial.count['frames']} | {trial.first or 'MISSED'} | {rule}", flush=True)
+
+
+def main() -> int:
+    """Run; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--br-netfilter", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--rules", type=Path, default=EXAMPLES / "nftables" / "bridge.nft", metavar="FILE")
+    parser.add_argument("--without", type=int, default=0, metavar="N")
+    parser.add_argument("--without-each-rule", action="store_true")
+    parser.add_argument("--again", nargs="+", metavar="WORD")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # on one processor what is sent first arrives first
+    if options.without_each_rule:
+        without_each_rule(options)
+        return 0
+    with bed(options) as here:
+        if rule := here.load(options.without):
+            print(f"without {rule}")
+        trial, begin = Trial(here), time.monotonic()
+        if options.again:
+            sender, way, *frames = options.again
+            trial.send(sender, way, [bytes.fromhex(frame) for frame in frames])
+        else:
+            trial.run(options.frames, options.seed)
+    count = trial.count
+    print(f"{count['frames']} frames, {count['needed']} arrivals needed, {count['forbidden']} forbidden, ", end="")
+    print(f"{count['violation']} violations, {count['false drop']} false drops, ", end="")
+    print(f"{time.monotonic() - begin:.0f} s, br_netfilter {options.br_netfilter}, seed {options.seed}")
+    return 1 if trial.first else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
