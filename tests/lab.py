@@ -60,28 +60,26 @@ echo "${1-}${reason-} ${ip-}${new_ip6_address-} router=${router-} mtu=${mtu-}" >
 """
 
 
-# What puts on eth0 what each line says, and says so
+# What puts on eth0, even if it is another device by now, what each line says, and says so
 SOCKET = """\
 import socket, sys
-eth0 = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-eth0.bind(("eth0", 0))
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 for line in sys.stdin:
-    eth0.send(bytes.fromhex(line))
+    packets.sendto(bytes.fromhex(line), ("eth0", 0))
     print("sent", flush=True)
 """
 # struct tpacket_hdr: its status, TP_STATUS_SEND_REQUEST, and the frame's length; the frame is behind these 32 octets.
 RING = """\
 import mmap, socket, struct, sys
-eth0 = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-eth0.bind(("eth0", 0))
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 SOL_PACKET, PACKET_TX_RING = 263, 13
-eth0.setsockopt(SOL_PACKET, PACKET_TX_RING, struct.pack("4I", 4096, 1, 4096, 1))
-ring = mmap.mmap(eth0.fileno(), 4096)
+packets.setsockopt(SOL_PACKET, PACKET_TX_RING, struct.pack("4I", 4096, 1, 4096, 1))
+ring = mmap.mmap(packets.fileno(), 4096)
 for line in sys.stdin:
     frame = bytes.fromhex(line)
     ring[32 : 32 + len(frame)] = frame
     ring[:12] = struct.pack("LI", 1, len(frame))
-    eth0.send(b"")
+    packets.sendto(b"", ("eth0", 0))
     print("sent", flush=True)
 """
 
@@ -254,7 +252,7 @@ class Client(Namespace):
     def send(self, *frames: bytes, ring: bool = False) -> None:
         """Put frames on the interface; return when they are sent. By a ring, all behind the first header lies apart."""
         code, pipes = RING if ring else SOCKET, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        if code not in self.senders:
+        if code not in self.senders or self.senders[code].poll() is not None:
             self.senders[code] = self.start(sys.executable, "-c", code, text=True, **pipes)
         for frame in frames:
             print(frame.hex(), file=self.senders[code].stdin, flush=True)
