@@ -22,6 +22,7 @@ HOST_ADDRESSES = {
     "fe80": "fe80::1266:6aff:fe4c:a1fe%eth0",
 }
 BOTH, IPV4, IPV6 = tuple(HOST_ADDRESSES), ("10.8", "fe80"), ("2001", "fd83", "fe80")
+STABLE = ("10.8", "2001", "fd83")  # with a link-local address that is not made from the MAC address, and not registered
 
 # A guest's start: files of its own where clients and their hooks write, its own host name, and /sys read-only as in a
 # container, where networkd does not wait for udev. The shell stays, so that all processes end with it.
@@ -56,6 +57,17 @@ def networkd(family: str) -> tuple[str, str, dict]:
 
 
 DHCPCD = {"dhcpcd.conf": "hostname\nduid\nslaac hwaddr\n"}
+# As nmcli makes a connection; all else is as Debian has it. It needs a D-Bus of its own.
+NETWORK_MANAGER = """\
+mkdir -p /run/dbus
+dbus-daemon --system --nofork --nopidfile &
+until [ -S /run/dbus/system_bus_socket ]; do
+    sleep 0.1
+done
+NetworkManager --no-daemon"""
+CONNECTION = "[connection]\nid=eth0\ntype=ethernet\ninterface-name=eth0\n[ipv4]\nmethod=auto\n"
+CONNECTION += "[ipv6]\naddr-gen-mode=default\nmethod=auto\n"
+CONNECTION = {"NetworkManager/system-connections/eth0.nmconnection": CONNECTION, "hostname": "manager\n"}
 
 # Each client for the versions that it has, and for IPv6 only, where nothing else registers a guest before its DHCPv6
 # messages: the kinds of addresses that its guest has, its program, its command, and what it needs in /etc.
@@ -65,6 +77,8 @@ CLIENTS = {
     "udhcpc": (IPV4, "udhcpc", 'udhcpc -f -i eth0 -x "hostname:$(hostname)"', {}),
     "dhcpcd": (BOTH, "dhcpcd", "dhcpcd -B eth0", DHCPCD),
     "dhcpcd6": (IPV6, "dhcpcd", "dhcpcd -B -6 eth0", DHCPCD),
+    "stock": (STABLE, "dhcpcd", "dhcpcd -B eth0", {}),
+    "manager": (STABLE, "NetworkManager", NETWORK_MANAGER, CONNECTION),
     "networkd": (BOTH, *networkd("yes")),
     "networkd6": (IPV6, *networkd("ipv6")),
 }
@@ -105,13 +119,14 @@ class Guest:
         self.kinds, _, self.command, files = CLIENTS[name]
         self.client = host.client(name, f"10:66:6a:4c:a1:1{list(CLIENTS).index(name)}", wait=False)
         self.client.run("ip", "link", "set", "eth0", "down")
-        self.root = self.client.folder
-        for folder in ("run", "var/lib/dhcp", "var/lib/dhcpcd"):
+        self.root, self.name = self.client.folder, "" if name == "stock" else name  # dhcpcd as it is tells no name
+        for folder in ("run", "var/lib/dhcp", "var/lib/dhcpcd", "var/lib/NetworkManager"):
             (self.root / folder).mkdir(parents=True)
         shutil.copytree("/etc", self.root / "etc", symlinks=True)
         for path, text in {"machine-id": os.urandom(16).hex() + "\n", "resolv.conf": "", **files}.items():
             (self.root / "etc" / path).unlink(missing_ok=True)
             (self.root / "etc" / path).write_text(text)
+            (self.root / "etc" / path).chmod(0o600 if path.endswith("nmconnection") else 0o644)
 
     def start(self) -> None:
         """Start the system: its client runs, behind mounts of its own, and brings the interface up."""
@@ -132,9 +147,17 @@ class Guest:
 
     def wait_in_use(self) -> list[str]:
         """Wait for an address of each kind, registered with the guest's name, and for the host's answers to pings."""
-        what, addresses = f"{self.kinds} in {self.root}", self.client.addresses
+        what, link_local = f"{self.kinds} in {self.root}", self.entry().get("ipv6_lla")
+
+        def addresses():
+            return [a for a in self.client.addresses() if self.kinds != STABLE or not a.startswith("fe80")]
+
+        def registered():
+            return {value for field, value in self.entry().items() if self.kinds != STABLE or field != "ipv6_lla"}
+
         wait_for(lambda: sorted(address[:4] for address in addresses()) == sorted(self.kinds), what)
-        wait_for(lambda: {self.client.label, *addresses()} == {*self.entry().values()}, f"{what} registered")
+        wait_for(lambda: {self.name, *addresses()} == registered(), f"{what} registered")
+        assert self.kinds != STABLE or link_local not in self.client.addresses("fe80")
         for kind in self.kinds:
             wait_for(lambda k=kind: self.client.pings(HOST_ADDRESSES[k]), f"a ping of the host's {kind}, {what}")
         return sorted(addresses())
