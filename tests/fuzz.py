@@ -51,7 +51,7 @@ from fuzz_judge import (
     read,
     untagged,
 )
-from lab import EXAMPLES, PROCESS, Host, environment
+from lab import EXAMPLES, OPEN, PROCESS, Host, Namespace, environment
 
 # ---- The bridge, and what hears behind the guard
 
@@ -167,9 +167,8 @@ class Bed(Host):
         registry = {owner.hex(":"): entry for owner, entry in REGISTRY.items()}
         Path(f"{self.base}.json").write_text(json.dumps(registry))
         self.run(sys.executable, PROCESS, "--force", env=environment(self.base))
-        text = re.sub(
-            'include "(.*)"', lambda found: Path(found[1]).read_text(), self.example(str(file.absolute())).read_text()
-        )
+        text = self.example(str(file.absolute())).read_text()
+        text = re.sub('include "(.*)"', lambda found: Path(found[1]).read_text(), text)
         return re.sub(r"rate over \S+ burst \S+ packets", "rate over 1000000/second burst 1000000 packets", text)
 
     def load(self, without: int = 0) -> str:
@@ -208,13 +207,11 @@ class Bed(Host):
             for frame in frames:
                 self.raw[sender].send(frame)
         self.ticks += 1
-        clock = (
-            EVERYONE + CLOCK + b"\x08\6\0\1\x08\0\6\4\0\1" + CLOCK + ip("10.83.0.15") + struct.pack("!6xI", self.ticks)
-        )
+        clock = EVERYONE + CLOCK + b"\x08\6\0\1\x08\0\6\4\0\1" + CLOCK + ip("10.83.0.15")
+        clock += struct.pack("!6xI", self.ticks)
         self.raw[sender].send(clock)
-        arrived = {
-            place: self.hear(ear, clock) for place, ear in self.ears.items() if (sender, place) != (VICTIM, "guest")
-        }
+        places = ("host",) if sender == VICTIM else self.ears
+        arrived = {place: self.hear(self.ears[place], clock) for place in places}
         return arrived | {"port": [attributes(message[20:]).get(9) for message in heard(self.port)]}  # NFULA_PAYLOAD
 
     @staticmethod
@@ -261,26 +258,21 @@ class Trial:
         arrived = self.bed.exchange(owner, way, frames)
         if self.bed.believed_query(owner):
             self.find_query(sender, way, frames)
-        known = {}
-        for frame in sorted(
-            frames, key=lambda frame: frame == untagged(frame)
-        ):  # the last of two that look alike is it
+        known = {}  # of two that would look alike, it is the one without tags
+        for frame in sorted(frames, key=lambda frame: frame == untagged(frame)):
             known |= dict.fromkeys(aliases(frame), frame)
         known |= {frame: frame for frame in frames}
         for place in self.bed.ears:
-            here = [known.get(frame, frame) for frame in arrived[place] if frame[6:12] == owner]
+            here = [(known.get(frame, frame), frame) for frame in arrived[place] if frame[6:12] == owner]
             self.judge_arrived(sender, way, place, here)
-            for frame in set(frames) - set(here):
+            for frame in set(frames) - {sent for sent, _ in here}:
                 if self.judge.needed(frame, place) and not self.arrives(owner, way, frame, place):
                     self.found("false drop", f"at the {place}", sender, way, [frame])
             self.count["needed"] += sum(self.judge.needed(frame, place) for frame in frames)
             self.count["forbidden"] += sum(bool(self.judge.forbidden(frame, place)) for frame in frames)
         for frame in map(untagged, frames):
-            if (
-                frame[:5] == BRIDGE_GROUP
-                and frame[14:] in arrived["port"]
-                and (why := self.judge.forbidden(frame, "host"))
-            ):
+            passed = frame[:5] == BRIDGE_GROUP and frame[14:] in arrived["port"]
+            if passed and (why := self.judge.forbidden(frame, "host")):
                 self.found("violation", f"at the host, past the bridge: {why}", sender, way, [frame])
         self.count["frames"] += len(frames)
 
@@ -288,14 +280,15 @@ class Trial:
         """Tell whether a frame that did not arrive does so alone: then the machine lost it, not the guard."""
         return bool({*aliases(frame)} & {*self.bed.exchange(owner, way, [frame])[place]})
 
-    def judge_arrived(self, sender: str, way: str, place: str, frames: list[bytes]) -> None:
-        """Judge what came to a place, in its order, and the packets that fragments make."""
+    def judge_arrived(self, sender: str, way: str, place: str, frames: list[tuple[bytes, bytes]]) -> None:
+        """Judge what came to a place, as sent and as it arrived, in its order, and the packets that fragments make."""
         reassembly = Reassembly()
-        for frame in frames:
+        for sent, frame in frames:
+            frame = frame if sent == untagged(sent) else sent  # the socket tells tags elsewhere
             self.judge.settle(frame)
-            parts, why = [frame], self.judge.forbidden(frame, place)
+            parts, why = [sent], self.judge.forbidden(frame, place)
             while parts and not why and (packet := read(frame)) and packet.fragment:
-                body, parts = reassembly.add(frame, packet)
+                body, parts = reassembly.add(sent, packet)
                 frame = frame[:14] + body
                 why = parts and self.judge.forbidden(frame, place)
             if why:
@@ -337,9 +330,11 @@ def aliases(frame: bytes) -> list[bytes]:
 def bed(options: argparse.Namespace):
     """Give a bed as the options have it."""
     with tempfile.TemporaryDirectory() as folder:
-        bed = Bed(Path(folder), options.rules, options.br_netfilter)
-        with contextlib.closing(bed):
-            yield bed
+        try:
+            yield Bed(Path(folder), options.rules, options.br_netfilter)
+        finally:
+            for namespace in reversed(OPEN.copy()):
+                Namespace.close(namespace)
 
 
 def without_each_rule(options: argparse.Namespace) -> None:
