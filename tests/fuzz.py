@@ -8,8 +8,8 @@ line with what is needed to send its frames once more, alone and in the same way
 
     tests/fuzz.py --again SENDER raw|ring FRAME...        each frame in hexadecimal
 
---without N takes away the Nth rule; --without-each-rule does so with each by turns, and prints what was found first, or
-that it was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest
+--without N... takes away the Nth rule; --without-each-rule does so with each by turns, and prints what was found first,
+or that it was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest
 guests send did not), else 0.
 
 fuzz_frames.py makes the frames. fuzz_judge.py judges them: it knows the registry, the RFCs and Linux, and no rule.
@@ -171,19 +171,18 @@ class Bed(Host):
         text = re.sub('include "(.*)"', lambda found: Path(found[1]).read_text(), text)
         return re.sub(r"rate over \S+ burst \S+ packets", "rate over 1000000/second burst 1000000 packets", text)
 
-    def load(self, without: int = 0) -> str:
-        """Load the guard and have everybody claim an address; then take away a rule, if given, and return it."""
+    def load(self, *without: int) -> str:
+        """Load the guard and have everybody claim an address; then take rules away and return them."""
         self.run("nft", "-f", "-", input=f"flush ruleset\n{self.guard}\n{LOGS}")
         for owner, address in CLAIMED.items():
             group = SOLICITED_NODE + address[13:]
             data = seal(ICMP6, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)
             packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + NOBODY + group + data
             self.exchange(owner, "raw", [MULTICAST6 + owner + b"\x86\xdd" + packet])
-        if not without:
-            return ""
-        place, rule, handle = self.listing()[without - 1]
-        self.run("nft", "delete", "rule", *place, "handle", handle)
-        return f"{' '.join(place)}: {rule}"
+        rules = [self.listing()[number - 1] for number in without]
+        for place, _, handle in rules:
+            self.run("nft", "delete", "rule", *place, "handle", handle)
+        return "; ".join(f"{' '.join(place)}: {rule}" for place, rule, _ in rules)
 
     def listing(self) -> list[tuple[list[str], str, str]]:
         """Return the guard's rules: (family, table and chain; text; handle)."""
@@ -356,7 +355,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--br-netfilter", type=int, choices=(0, 1), default=0)
     parser.add_argument("--rules", type=Path, default=EXAMPLES / "nftables" / "bridge.nft", metavar="FILE")
-    parser.add_argument("--without", type=int, default=0, metavar="N")
+    parser.add_argument("--without", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--without-each-rule", action="store_true")
     parser.add_argument("--again", nargs="+", metavar="WORD")
     options = parser.parse_args()
@@ -365,8 +364,8 @@ def main() -> int:
         without_each_rule(options)
         return 0
     with bed(options) as here:
-        if rule := here.load(options.without):
-            print(f"without {rule}")
+        if rules := here.load(*options.without):
+            print(f"without {rules}")
         trial, begin = Trial(here), time.monotonic()
         if options.again:
             sender, way, *frames = options.again
