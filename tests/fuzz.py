@@ -172,17 +172,20 @@ class Bed(Host):
         return re.sub(r"rate over \S+ burst \S+ packets", "rate over 1000000/second burst 1000000 packets", text)
 
     def load(self, *without: int) -> str:
-        """Load the guard and have everybody claim an address; then take rules away and return them."""
-        self.run("nft", "-f", "-", input=f"flush ruleset\n{self.guard}\n{LOGS}")
+        """Load the guard; take rules away and return them."""
+        self.run("nft", "-f", "-", input=f"{self.guard}\n{LOGS}")
+        rules = [self.listing()[number - 1] for number in without]
+        for place, _, handle in rules:
+            self.run("nft", "delete", "rule", *place, "handle", handle)
+        return "; ".join(f"{' '.join(place)}: {rule}" for place, rule, _ in rules)
+
+    def claim(self) -> None:
+        """Have everybody claim an address, by duplicate address detection."""
         for owner, address in CLAIMED.items():
             group = SOLICITED_NODE + address[13:]
             data = seal(ICMP6, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)
             packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + NOBODY + group + data
             self.exchange(owner, "raw", [MULTICAST6 + owner + b"\x86\xdd" + packet])
-        rules = [self.listing()[number - 1] for number in without]
-        for place, _, handle in rules:
-            self.run("nft", "delete", "rule", *place, "handle", handle)
-        return "; ".join(f"{' '.join(place)}: {rule}" for place, rule, _ in rules)
 
     def listing(self) -> list[tuple[list[str], str, str]]:
         """Return the guard's rules: (family, table and chain; text; handle)."""
@@ -305,17 +308,17 @@ class Trial:
     def run(self, frames: int, seed: int, patient: bool = True) -> None:
         """Send so many frames of a seed; without patience, only until something is found."""
         generator = Generator(seed)
-        while self.count["frames"] < frames and (patient or not self.first):
-            sender, way = generator.pick(*SENDERS), generator.pick("raw", "ring")
-            generator.start(SENDERS[sender])
-            batch = {}
-            while len(batch) < BATCH:
-                batch |= dict.fromkeys(generator.frames())
-            try:
+        try:
+            self.bed.claim()
+            while self.count["frames"] < frames and (patient or not self.first):
+                sender, way = generator.pick(*SENDERS), generator.pick("raw", "ring")
+                generator.start(SENDERS[sender])
+                batch = {}
+                while len(batch) < BATCH:
+                    batch |= dict.fromkeys(generator.frames())
                 self.send(sender, way, list(batch))
-            except Deaf:
-                self.found("false drop", Deaf.__doc__, sender, way, list(batch))
-                return
+        except Deaf:
+            self.found("false drop", Deaf.__doc__, "web", "raw", [])
 
 
 def aliases(frame: bytes) -> list[bytes]:
@@ -369,6 +372,7 @@ def main() -> int:
         trial, begin = Trial(here), time.monotonic()
         if options.again:
             sender, way, *frames = options.again
+            here.claim()
             trial.send(sender, way, [bytes.fromhex(frame) for frame in frames])
         else:
             trial.run(options.frames, options.seed)
