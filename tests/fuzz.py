@@ -8,8 +8,8 @@ line with what is needed to send its frames once more, alone and in the same way
 
     tests/fuzz.py --again SENDER raw|ring FRAME...        each frame in hexadecimal
 
---without N takes away the Nth rule; --without-each-rule does so with each by turns, and prints what was found first, or
-that it was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest
+--without N... takes away the Nth rule; --without-each-rule does so with each by turns, and prints what was found first,
+or that it was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest
 guests send did not), else 0.
 
 fuzz_frames.py makes the frames. fuzz_judge.py judges them: it knows the registry, the RFCs and Linux, and no rule.
@@ -51,7 +51,7 @@ from fuzz_judge import (
     read,
     untagged,
 )
-from lab import EXAMPLES, PROCESS, Host, environment
+from lab import EXAMPLES, OPEN, PROCESS, Host, Namespace, environment
 
 # ---- The bridge, and what hears behind the guard
 
@@ -167,24 +167,25 @@ class Bed(Host):
         registry = {owner.hex(":"): entry for owner, entry in REGISTRY.items()}
         Path(f"{self.base}.json").write_text(json.dumps(registry))
         self.run(sys.executable, PROCESS, "--force", env=environment(self.base))
-        text = re.sub(
-            'include "(.*)"', lambda found: Path(found[1]).read_text(), self.example(str(file.absolute())).read_text()
-        )
+        text = self.example(str(file.absolute())).read_text()
+        text = re.sub('include "(.*)"', lambda found: Path(found[1]).read_text(), text)
         return re.sub(r"rate over \S+ burst \S+ packets", "rate over 1000000/second burst 1000000 packets", text)
 
-    def load(self, without: int = 0) -> str:
-        """Load the guard and have everybody claim an address; then take away a rule, if given, and return it."""
-        self.run("nft", "-f", "-", input=f"flush ruleset\n{self.guard}\n{LOGS}")
+    def load(self, *without: int) -> str:
+        """Load the guard; take rules away and return them."""
+        self.run("nft", "-f", "-", input=f"{self.guard}\n{LOGS}")
+        rules = [self.listing()[number - 1] for number in without]
+        for place, _, handle in rules:
+            self.run("nft", "delete", "rule", *place, "handle", handle)
+        return "; ".join(f"{' '.join(place)}: {rule}" for place, rule, _ in rules)
+
+    def claim(self) -> None:
+        """Have everybody claim an address, by duplicate address detection."""
         for owner, address in CLAIMED.items():
             group = SOLICITED_NODE + address[13:]
             data = seal(ICMP6, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)
             packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + NOBODY + group + data
             self.exchange(owner, "raw", [MULTICAST6 + owner + b"\x86\xdd" + packet])
-        if not without:
-            return ""
-        place, rule, handle = self.listing()[without - 1]
-        self.run("nft", "delete", "rule", *place, "handle", handle)
-        return f"{' '.join(place)}: {rule}"
 
     def listing(self) -> list[tuple[list[str], str, str]]:
         """Return the guard's rules: (family, table and chain; text; handle)."""
@@ -208,13 +209,11 @@ class Bed(Host):
             for frame in frames:
                 self.raw[sender].send(frame)
         self.ticks += 1
-        clock = (
-            EVERYONE + CLOCK + b"\x08\6\0\1\x08\0\6\4\0\1" + CLOCK + ip("10.83.0.15") + struct.pack("!6xI", self.ticks)
-        )
+        clock = EVERYONE + CLOCK + b"\x08\6\0\1\x08\0\6\4\0\1" + CLOCK + ip("10.83.0.15")
+        clock += struct.pack("!6xI", self.ticks)
         self.raw[sender].send(clock)
-        arrived = {
-            place: self.hear(ear, clock) for place, ear in self.ears.items() if (sender, place) != (VICTIM, "guest")
-        }
+        places = ("host",) if sender == VICTIM else self.ears
+        arrived = {place: self.hear(self.ears[place], clock) for place in places}
         return arrived | {"port": [attributes(message[20:]).get(9) for message in heard(self.port)]}  # NFULA_PAYLOAD
 
     @staticmethod
@@ -261,26 +260,21 @@ class Trial:
         arrived = self.bed.exchange(owner, way, frames)
         if self.bed.believed_query(owner):
             self.find_query(sender, way, frames)
-        known = {}
-        for frame in sorted(
-            frames, key=lambda frame: frame == untagged(frame)
-        ):  # the last of two that look alike is it
+        known = {}  # of two that would look alike, it is the one without tags
+        for frame in sorted(frames, key=lambda frame: frame == untagged(frame)):
             known |= dict.fromkeys(aliases(frame), frame)
         known |= {frame: frame for frame in frames}
         for place in self.bed.ears:
-            here = [known.get(frame, frame) for frame in arrived[place] if frame[6:12] == owner]
+            here = [(known.get(frame, frame), frame) for frame in arrived[place] if frame[6:12] == owner]
             self.judge_arrived(sender, way, place, here)
-            for frame in set(frames) - set(here):
+            for frame in set(frames) - {sent for sent, _ in here}:
                 if self.judge.needed(frame, place) and not self.arrives(owner, way, frame, place):
                     self.found("false drop", f"at the {place}", sender, way, [frame])
             self.count["needed"] += sum(self.judge.needed(frame, place) for frame in frames)
             self.count["forbidden"] += sum(bool(self.judge.forbidden(frame, place)) for frame in frames)
         for frame in map(untagged, frames):
-            if (
-                frame[:5] == BRIDGE_GROUP
-                and frame[14:] in arrived["port"]
-                and (why := self.judge.forbidden(frame, "host"))
-            ):
+            passed = frame[:5] == BRIDGE_GROUP and frame[14:] in arrived["port"]
+            if passed and (why := self.judge.forbidden(frame, "host")):
                 self.found("violation", f"at the host, past the bridge: {why}", sender, way, [frame])
         self.count["frames"] += len(frames)
 
@@ -288,14 +282,15 @@ class Trial:
         """Tell whether a frame that did not arrive does so alone: then the machine lost it, not the guard."""
         return bool({*aliases(frame)} & {*self.bed.exchange(owner, way, [frame])[place]})
 
-    def judge_arrived(self, sender: str, way: str, place: str, frames: list[bytes]) -> None:
-        """Judge what came to a place, in its order, and the packets that fragments make."""
+    def judge_arrived(self, sender: str, way: str, place: str, frames: list[tuple[bytes, bytes]]) -> None:
+        """Judge what came to a place, as sent and as it arrived, in its order, and the packets that fragments make."""
         reassembly = Reassembly()
-        for frame in frames:
+        for sent, frame in frames:
+            frame = frame if sent == untagged(sent) else sent  # the socket tells tags elsewhere
             self.judge.settle(frame)
-            parts, why = [frame], self.judge.forbidden(frame, place)
+            parts, why = [sent], self.judge.forbidden(frame, place)
             while parts and not why and (packet := read(frame)) and packet.fragment:
-                body, parts = reassembly.add(frame, packet)
+                body, parts = reassembly.add(sent, packet)
                 frame = frame[:14] + body
                 why = parts and self.judge.forbidden(frame, place)
             if why:
@@ -313,17 +308,17 @@ class Trial:
     def run(self, frames: int, seed: int, patient: bool = True) -> None:
         """Send so many frames of a seed; without patience, only until something is found."""
         generator = Generator(seed)
-        while self.count["frames"] < frames and (patient or not self.first):
-            sender, way = generator.pick(*SENDERS), generator.pick("raw", "ring")
-            generator.start(SENDERS[sender])
-            batch = {}
-            while len(batch) < BATCH:
-                batch |= dict.fromkeys(generator.frames())
-            try:
+        try:
+            self.bed.claim()
+            while self.count["frames"] < frames and (patient or not self.first):
+                sender, way = generator.pick(*SENDERS), generator.pick("raw", "ring")
+                generator.start(SENDERS[sender])
+                batch = {}
+                while len(batch) < BATCH:
+                    batch |= dict.fromkeys(generator.frames())
                 self.send(sender, way, list(batch))
-            except Deaf:
-                self.found("false drop", Deaf.__doc__, sender, way, list(batch))
-                return
+        except Deaf:
+            self.found("false drop", Deaf.__doc__, "web", "raw", [])
 
 
 def aliases(frame: bytes) -> list[bytes]:
@@ -337,9 +332,11 @@ def aliases(frame: bytes) -> list[bytes]:
 def bed(options: argparse.Namespace):
     """Give a bed as the options have it."""
     with tempfile.TemporaryDirectory() as folder:
-        bed = Bed(Path(folder), options.rules, options.br_netfilter)
-        with contextlib.closing(bed):
-            yield bed
+        try:
+            yield Bed(Path(folder), options.rules, options.br_netfilter)
+        finally:
+            for namespace in reversed(OPEN.copy()):
+                Namespace.close(namespace)
 
 
 def without_each_rule(options: argparse.Namespace) -> None:
@@ -361,7 +358,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--br-netfilter", type=int, choices=(0, 1), default=0)
     parser.add_argument("--rules", type=Path, default=EXAMPLES / "nftables" / "bridge.nft", metavar="FILE")
-    parser.add_argument("--without", type=int, default=0, metavar="N")
+    parser.add_argument("--without", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument("--without-each-rule", action="store_true")
     parser.add_argument("--again", nargs="+", metavar="WORD")
     options = parser.parse_args()
@@ -370,11 +367,12 @@ def main() -> int:
         without_each_rule(options)
         return 0
     with bed(options) as here:
-        if rule := here.load(options.without):
-            print(f"without {rule}")
+        if rules := here.load(*options.without):
+            print(f"without {rules}")
         trial, begin = Trial(here), time.monotonic()
         if options.again:
             sender, way, *frames = options.again
+            here.claim()
             trial.send(sender, way, [bytes.fromhex(frame) for frame in frames])
         else:
             trial.run(options.frames, options.seed)

@@ -77,20 +77,21 @@ class Generator:
         self.dice = random.Random(seed)
         others = [address for addresses in OWNED.values() for address in addresses]
         others += [eui64(HOST), eui64(NEWCOMER), *CLAIMED.values(), NOBODY, ZERO, BROADCAST]
-        others += map(
-            ip, ("10.83.0.66", "10.99.0.7", "10.98.0.7", "2001:67c:99::7", "2001:67c:98::7", "fe80:0:0:1::7", "ff02::1")
-        )
+        others += map(ip, ("10.83.0.66", "10.99.0.7", "10.98.0.7"))
+        others += map(ip, ("2001:67c:99::7", "2001:67c:98::7", "fe80:0:0:1::7", "ff02::1"))
         others += [ip(f"fe80::f00d:{self.dice.randrange(1 << 16):x}") for _ in range(6)]
         self.others = {size: [address for address in others if len(address) == size] for size in (4, 16)}
         self.honest = False  # then nothing unusual happens
 
     def start(self, sender: bytes) -> None:
         """Make frames of this sender from now on."""
-        addresses = [
+        addresses = [prefix + bytes(size - len(prefix)) for prefix, size in ROUTED.get(sender, ())]
+        addresses += [
             *OWNED.get(sender, ()),
-            *(prefix + bytes(size - len(prefix)) for prefix, size in ROUTED.get(sender, ())),
+            eui64(sender),
+            CLAIMED[sender],
+            LINK_LOCAL + b"\0" + sender[5:] + self.dice.randbytes(6),
         ]
-        addresses += [eui64(sender), CLAIMED[sender], LINK_LOCAL + b"\0" + sender[5:] + self.dice.randbytes(6)]
         self.sender, self.own = sender, {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
 
     def one_in(self, number: int) -> bool:
@@ -111,9 +112,8 @@ class Generator:
 
     def address(self, size: int, others_one_in: int = 3) -> bytes:
         """Return an address, the sender's own or, one in so many, any."""
-        address = self.pick(
-            *(self.others[size] if self.one_in(others_one_in) or not self.own[size] else self.own[size])
-        )
+        other = self.one_in(others_one_in) or not self.own[size]
+        address = self.pick(*(self.others if other else self.own)[size])
         return self.changed(address) if self.one_in(50) else address
 
     def hardware(self) -> bytes:
@@ -129,10 +129,10 @@ class Generator:
     def dhcp(self) -> tuple[int, bytes]:
         """Return a message of a DHCP client or server."""
         server, relay = self.one_in(3), self.address(4) if self.one_in(7) else ZERO
-        message = (
-            struct.pack("!BBBBI16x", 2 if server else 1, 1, 6, 0, self.dice.getrandbits(32)) + relay + self.hardware()
+        message = struct.pack("!BBBBI16x", 2 if server else 1, 1, 6, 0, self.dice.getrandbits(32))
+        message += (
+            relay + self.hardware() + bytes(202) + b"\x63\x82\x53\x63\x35\1" + bytes([self.dice.randrange(1, 9), 255])
         )
-        message += bytes(202) + b"\x63\x82\x53\x63\x35\1" + bytes([self.dice.randrange(1, 9), 255])
         return udp(self.ports() if self.one_in(4) else (67, 68) if server else (68, 67), message)
 
     def dhcp6(self) -> tuple[int, bytes]:
@@ -143,19 +143,16 @@ class Generator:
 
     def discovery(self) -> tuple[int, bytes]:
         """Return neighbour discovery, usually with the option that it has."""
-        kind = (
-            self.pick(ROUTER_ADVERT, REDIRECT)
-            if self.one_in(4)
-            else self.pick(ROUTER_SOLICIT, SOLICIT, SOLICIT, ADVERT)
-        )
+        kinds = (ROUTER_ADVERT, REDIRECT) if self.one_in(4) else (ROUTER_SOLICIT, SOLICIT, SOLICIT, ADVERT)
+        kind = self.pick(*kinds)
         data = bytes([kind, 0, 0, 0]) + self.pick(bytes(4), b"\x60\0\0\0", b"\x40\0\x07\x08")
         data += {ROUTER_ADVERT: bytes(8), ROUTER_SOLICIT: b""}.get(kind, self.address(16))
         data += self.address(16) if kind == REDIRECT else b""
         name = bytes([1 + (kind in (ADVERT, REDIRECT)), 1])
         option, second, nonce = name + self.hardware(), name + self.hardware(), b"\x0e\1" + self.hardware()
         long = name[:1] + b"\2" + self.hardware() + bytes(8)
-        if self.one_in(4):
-            return ICMP6, data + self.pick(nonce + option, option + nonce, option + second, long, nonce)
+        if self.one_in(3):
+            return ICMP6, data + self.pick(nonce + option, nonce + option, option + nonce, option + second, long, nonce)
         return ICMP6, data + self.pick(option, option, option, b"")
 
     def listener(self) -> tuple[int, bytes]:
@@ -164,17 +161,15 @@ class Generator:
         group = NOBODY if kind == MLD_QUERY and not self.one_in(4) else self.pick(ip("ff02::fb"), ip("ff02::1:ff00:12"))
         if kind == MLD2_REPORT:
             return ICMP6, bytes([kind]) + bytes(6) + b"\1\4" + bytes(3) + group
-        return ICMP6, bytes([kind]) + bytes(3) + b"\0\x64\0\0" + group + (
-            bytes(4) if kind == MLD_QUERY and self.one_in(2) else b""
-        )
+        version = bytes(4) if kind == MLD_QUERY and self.one_in(2) else b""
+        return ICMP6, bytes([kind]) + bytes(3) + b"\0\x64\0\0" + group + version
 
     def igmp(self) -> tuple[int, bytes]:
         """Return group management of IPv4."""
         kind = 0x11 if self.one_in(2) else self.pick(0x12, 0x16, 0x17)
         group = ZERO if kind == 0x11 and not self.one_in(4) else self.pick(ip("224.0.0.251"), ip("239.1.2.3"))
-        return IGMP, bytes([kind, self.pick(0, 100), 0, 0]) + group + (
-            bytes(4) if kind == 0x11 and self.one_in(2) else b""
-        )
+        version = bytes(4) if kind == 0x11 and self.one_in(2) else b""
+        return IGMP, bytes([kind, self.pick(0, 100), 0, 0]) + group + version
 
     def ordinary(self) -> tuple[int, bytes]:
         """Return data of TCP, UDP, an echo request, or another protocol."""
@@ -207,11 +202,8 @@ class Generator:
             parts.pop()
         if self.one_in(8):
             parts = [(self.pick(0, 8, 64), self.one_in(4), data)]
-        return (
-            [(*part, fake[part[0] + len(part[2]) :][:80]) for part in parts]
-            if self.one_in(2)
-            else [(*part, b"") for part in parts]
-        )
+        fake = fake if self.one_in(2) else b""
+        return [(at, more, part, fake[at + len(part) :][:80]) for at, more, part in parts]
 
     def packets_ip(self, protocol: int, data: bytes, fake: bytes) -> list[bytes]:
         """Return an IPv4 packet with this data, or one in fragments."""
@@ -222,13 +214,13 @@ class Generator:
             target = bytes((224, 0, 0, self.pick(1, 1, 2, 251)))
         options = b"\x94\4\0\0" if protocol == IGMP or self.one_in(20) else b""
         data, number = seal(protocol, source, target, data), self.dice.randrange(1 << 16)
-        parts, packets = self.fragments(data, fake) if self.one_in(4) else [(0, False, data, b"")], []
+        parts, packets = self.fragments(data, fake) if self.one_in(3) else [(0, False, data, b"")], []
         for at, more, part, trailer in parts:
             head = struct.pack(
-                "!BBHHH", 0x45 + len(options) // 4, 0, 20 + len(options + part), number, at // 8 | more << 13
+                "!BxHHH", 0x45 + len(options) // 4, 20 + len(options + part), number, at // 8 | more << 13
             )
             head += struct.pack("!BBxx", 1 if protocol == IGMP else 64, protocol) + source + target + options
-            head = self.changed(head) if self.one_in(25) else head
+            head = self.changed(head, self.pick(4, 24)) if self.one_in(15) else head
             right = checksum(head[:10] + head[12:])
             packets.append(head[:10] + struct.pack("!H", 0 if self.one_in(50) else right) + head[12:] + part + trailer)
         return packets
@@ -267,7 +259,7 @@ class Generator:
         before += self.extension_headers() if self.one_in(4) else []
         data = seal(protocol, source, target, data)
         parts, number = [(0, False, data, b"")], self.dice.randbytes(4)
-        fragmented = self.one_in(4)
+        fragmented = self.one_in(3)
         if fragmented:
             protocol, row = in_a_row(self.extension_headers() if self.one_in(3) else [], protocol)
             parts = self.fragments(row + data, self.pick(row, row, b"", bytes(8)) + fake)

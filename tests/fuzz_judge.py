@@ -43,10 +43,10 @@ REGISTRY = {owner: {"name": "", "ipv6_lla": str(ip_address(eui64(owner)))} | ent
 OWNED = {owner: [ip(text) for text in entry.values() if text] for owner, entry in REGISTRY.items()}
 REGISTRY[WEB]["allowed"] = ["10.83.0.50", "10.99.0.0/24", "2001:67c:83::50", "2001:67c:99::/64"]
 OWNED[WEB] += [ip("10.83.0.50"), ip("2001:67c:83::50")]
-ROUTED = {
-    WEB: [(ip("10.99.0.0")[:3], 4), (ip("2001:67c:99::")[:8], 16)]
-}  # first octets of an address, and how many it has
-CLAIMED = {owner: ip(f"fe80::c0de:{owner[5]:x}") for owner in (WEB, VICTIM, MAIL, NEWCOMER)}  # first come, first served
+# The first octets of an address, and how many it has
+ROUTED = {WEB: [(ip("10.99.0.0")[:3], 4), (ip("2001:67c:99::")[:8], 16)]}
+# Link-local addresses that are not made from the MAC address: first come, first served
+CLAIMED = {owner: ip(f"fe80::c0de:{owner[5]:x}") for owner in (WEB, VICTIM, MAIL, NEWCOMER)}
 SENDERS = {"web": WEB, "mail": MAIL, "newcomer": NEWCOMER}
 
 
@@ -194,10 +194,12 @@ class Judge:
             return "foreign"
         if address[11:13] == b"\xff\xfe":
             return "new" if address == eui64(sender) else "foreign"
-        unclaimed = (
-            "new" if address[8:10] == b"\0" + sender[5:] else "free"
-        )  # "new": the generator gives it to one sender only
-        return {None: unclaimed, sender: "new"}.get(self.claims.get(address), "foreign")
+        owner = self.claims.get(address)
+        if owner == sender or (
+            not owner and address[8:10] == b"\0" + sender[5:]
+        ):  # only this sender is given such ones
+            return "new"
+        return "foreign" if owner else "free"
 
     def settle(self, frame: bytes) -> None:
         """Note the addresses that a frame has claimed by its arrival."""
@@ -251,11 +253,8 @@ class Judge:
             return "IPv4 from an address that is not the sender's"
         if source == DHCP_SERVER or target == DHCP_CLIENT:
             return "DHCP server's message"
-        return (
-            "IGMP query"
-            if packet.protocol == IGMP and not packet.fragment and data[:1] == b"\x11" and len(data) >= 8
-            else ""
-        )
+        query = packet.protocol == IGMP and not packet.fragment and data[:1] == b"\x11" and len(data) >= 8
+        return "IGMP query" if query else ""
 
     def forbidden_ip6(self, sender: bytes, packet: Packet, at: str, _: bytes) -> str:
         """IPv6: who sends it, and what a whole packet says."""
@@ -333,13 +332,8 @@ class Judge:
 
     def needed_ip6(self, sender: bytes, packet: Packet, at: str) -> bool:
         """IPv6 from an own address, behind usual extension headers, and what a newcomer sends to join."""
-        standing, data, headers, fragment = (
-            self.standing(sender, packet.source),
-            packet.data,
-            packet.headers,
-            packet.fragment,
-        )
-        icmp6 = packet.protocol == ICMP6
+        standing, icmp6 = self.standing(sender, packet.source), packet.protocol == ICMP6
+        data, headers, fragment = packet.data, packet.headers, packet.fragment
         if standing == "free" or ROUTING in headers or (FRAGMENT in headers and not fragment):
             return False
         pseudo = packet.source + packet.target + struct.pack("!II", len(data), ICMP6)
