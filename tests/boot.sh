@@ -2,96 +2,57 @@
 # usage: boot.sh [RELEASE]...
 # Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs by README.md,
 # and looks at what is in force in each case of a machine's life, while a guest asks for leases and tries an address of
-# another. As root; it changes nothing outside of the folder. BOOT_ROOT: a tar file of a minimal root, instead of
-# debootstrap. BOOT_PACKAGE=1: it installs the Debian package, by the lines of README.md and the steps that it prints.
+# another. As root; it changes nothing outside of the folder. DEBIAN_ROOTS: see root.sh. BOOT_PACKAGE=1: it installs the
+# Debian package, by the lines of README.md and the steps that it prints.
 # Exit status: 0 as expected, 1 not so, 77 no Debian can be made or booted here (1 with CI=true).
 # shellcheck disable=SC2016,SC2317 # commands for the machine, and a trap
 set -eu
 
-top=$(cd "$(dirname "$0")/.." && pwd)
-say() { echo "boot.sh: $*" >&2; }
-fail() { say "FAILED: $*"; exit 1; }
-cannot() { say "$*"; [ "${CI-}" = true ] && exit 1; exit 77; }
+# shellcheck source=tests/root.sh
+. "$(dirname "$0")/root.sh"
 
-# ---- Outside: a folder and a process namespace for each release, which both go whatever happens ----
 if [ "${1-}" != inside ]; then
-    [ "$(id -u)" -eq 0 ] || cannot "needs root"
-    export PATH="$PATH:/usr/sbin:/sbin"
-    for program in systemd-nspawn debootstrap unshare nsenter; do
-        command -v "$program" >/dev/null || cannot "needs $program"
-    done
-    folder='' inside='' status=0
-    clear_up() {
-        [ -n "$folder" ] || return 0
-        # the namespaces' first process goes, and all others with it, and all mounts
-        if [ -n "$inside" ]; then kill -KILL "$inside" 2>/dev/null || true; fi
+    need systemd-nspawn unshare nsenter nft
+    clear_more() {
         export group="/sys/fs/cgroup/${folder##*/}"
         unshare --mount sh -c 'mount -t cgroup2 none /sys/fs/cgroup && for _ in $(seq 100); do
             [ -d "$group" ] || exit 0
             find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
         done' || true
-        rm -rf --one-file-system "$folder"
-        folder='' inside=''
     }
-    trap 'status=$?; trap "" INT TERM HUP; clear_up; trap - EXIT; exit $status' EXIT
-    trap 'exit 130' INT TERM HUP
     [ $# -gt 0 ] || set -- trixie
-    for release in "$@"; do
-        folder=$(mktemp -d /var/tmp/boot.XXXXXX)
-        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
-            "$0" inside "$release" "$folder" </dev/null &
-        inside=$!
-        wait "$inside" || status=$?
-        inside=''
-        [ "$status" -eq 0 ] || exit "$status"
-        clear_up
-    done
-    exit 0
+    for_each "$@"
 fi
 
-# ---- Inside: a root ----
-release=$2 folder=$3 root=$3/root group=/sys/fs/cgroup/${3##*/}
-started=$(date +%s)
-step() { say "$release, $(($(date +%s) - started)) s: $*"; }
+group=/sys/fs/cgroup/${folder##*/}
 guest=10:66:6a:4c:a1:11
 
 step "a root"
-mkdir "$root"
-if [ -n "${BOOT_ROOT-}" ]; then
-    tar -xf "$BOOT_ROOT" -C "$root"
-else
-    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') ||
-        cannot "apt has no Debian mirror"
-    debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 ||
-        { tail -n 5 "$folder/log"; cannot "debootstrap failed"; }
-fi
-# Under Installing, README's first block of commands is for the package, the second is by hand.
+make_root
+add_project
+fit_kernel
+# block WORDS: the block of commands in README, under Installing, that has these words: for the package, or by hand
 block() {
     sed -n '/^## Installing/,/^## /p' "$top/README.md" |
-        awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }'
+        awk -v words="$1" '/^```$/ { if (index(text, words)) printf "%s", text; on = 0 }
+            on { text = text $0 "\n" }
+            /^```sh$/ { on = 1; text = "" }'
 }
-block "$((2 - ${BOOT_PACKAGE:-0}))" >"$folder/installing"
+by_hand=$(block 'install -m 755') by_package=$(block examples/debian/build.sh)
+if [ -z "$by_hand" ] || [ -z "$by_package" ]; then fail "README has no commands under Installing"; fi
+installing=$by_hand
+[ -z "${BOOT_PACKAGE-}" ] || installing=$by_package
 # Its packages wait in apt's cache for the machine, which has no network.
-cp -L /etc/resolv.conf "$root/etc/resolv.conf"
-apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
-echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/fast"
-printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" # nothing is started here
-chmod 755 "$root/usr/sbin/policy-rc.d"
 mount -t proc proc "$root/proc"
 chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     rm -f /etc/apt/apt.conf.d/docker-clean
     apt-get update
     apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc
-    $({ cat "$folder/installing"; block 2; } | grep -o 'apt-get install [^&]*' | grep -v '\./' | sort -u |
+    $(printf '%s\n' "$by_hand" "$installing" | grep -o 'apt-get install [^&]*' | grep -v '\./' | sort -u |
         sed 's/install/install --download-only/')
     systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log"; cannot "no packages"; }
 umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
-mkdir "$root/root/instances"
-tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
-# As README.md says, where the kernel can't tell the bridge of a frame
-unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
-    sed -i '/meta ibrname/d' "$root/root/instances/examples/nftables/bridge.nft"
 
 # Its bridge, and a guest that is started as Incus, libvirt and LXC are: when there is a network. It asks for a lease every
 # quarter of a minute (bridge.nft drops more), and all the while, from its first frame, tries an address that is not its own.
@@ -181,7 +142,6 @@ until_true() {
         sleep 0.2
     done
 }
-not() { ! "$@"; }
 # guest_is guarded|open: its next tries; and it got all leases that it has asked for since the last time
 guest_is() {
     lines=$(run cat /run/guest | wc -l)
@@ -206,7 +166,7 @@ until_true 20 "the guest" test -s /run/guest
 [ "$(run head -n 1 /run/guest)" = open ] || fail "the guest was never free to take another's address"
 
 step "installed by README.md: the guest gets a lease and a name, and is held to its address"
-run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "Installing"; }
+run sh -euc "cd /root/instances; $installing" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "Installing"; }
 if [ -n "${BOOT_PACKAGE-}" ]; then
     [ -z "$(run nft list tables)$(run systemctl list-unit-files --no-legend --state=enabled 'instances*')" ] ||
         fail "the package changes something before it is configured"

@@ -2,45 +2,20 @@
 # usage: debian.sh here | RELEASE...
 # The life of the Debian package: built, checked, installed, configured by the steps that it prints, upgraded, removed,
 # installed again, purged. In a root of each release (trixie, bookworm), made in a temporary folder; or here: in a
-# temporary overlay of this machine, without what needs apt. As root; it changes nothing outside. BOOT_ROOT: a tar file
-# of a minimal root, instead of debootstrap. Exit status: 0 as expected, 1 not so, 77 can't be tried (1 with CI=true).
+# temporary overlay of this machine, without what needs apt. As root; it changes nothing outside. DEBIAN_ROOTS: see root.sh.
+# Exit status: 0 as expected, 1 not so, 77 can't be tried (1 with CI=true).
 # shellcheck disable=SC2016,SC2317 # apt's own variables, and a trap
 set -eu
 
-top=$(cd "$(dirname "$0")/.." && pwd)
-say() { echo "debian.sh: $*" >&2; }
-fail() { say "FAILED: $*"; exit 1; }
-cannot() { say "$*"; [ "${CI-}" = true ] && exit 1; exit 77; }
+# shellcheck source=tests/root.sh
+. "$(dirname "$0")/root.sh"
 
-# ---- Outside: a folder, and namespaces that end with all that is in them ----
 if [ "${1-}" != inside ]; then
     [ $# -gt 0 ] || { echo "usage: debian.sh here | RELEASE..." >&2; exit 2; }
-    [ "$(id -u)" -eq 0 ] || cannot "needs root"
-    export PATH="$PATH:/usr/sbin:/sbin"
-    folder='' inside=''
-    clear_up() {
-        if [ -n "$inside" ]; then kill -KILL "$inside"; wait "$inside" || :; fi
-        [ -z "$folder" ] || rm -rf --one-file-system "$folder"
-    }
-    trap clear_up EXIT
-    trap 'exit 130' INT TERM HUP
-    for release in "$@"; do
-        folder=$(mktemp -d /var/tmp/debian.XXXXXX) status=0
-        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
-            "$0" inside "$release" "$folder" </dev/null &
-        inside=$!
-        wait "$inside" || status=$?
-        inside=''
-        [ "$status" -eq 0 ] || exit "$status"
-        rm -rf --one-file-system "$folder"
-    done
-    exit 0
+    need unshare nft
+    for_each "$@"
 fi
 
-# ---- Inside: a root ----
-release=$2 folder=$3 root=$3/root
-started=$(date +%s)
-step() { say "$release, $(($(date +%s) - started)) s: $*"; }
 network=''
 # shellcheck disable=SC2086 # a command, or none
 run() {
@@ -48,7 +23,6 @@ run() {
         DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 "$@" >"$folder/log" 2>&1
 }
 must() { run "$@" || { tail -n 20 "$folder/log" >&2; fail "$*"; }; }
-not() { ! "$@"; }
 # cut_off: what is run from now on has a network of its own, without a way out
 cut_off() {
     touch "$folder/net"
@@ -69,28 +43,13 @@ if [ "$release" = here ]; then
     run dpkg --purge instances || : # and what was installed by hand
     find "$root/etc" "$root/var/lib/misc" "$root/usr/local/sbin" -name 'instances*' -prune -exec rm -rf {} +
 else
-    mkdir "$root"
-    mount --bind "$root" "$root"
-    if [ -n "${BOOT_ROOT-}" ]; then
-        tar -xf "$BOOT_ROOT" -C "$root"
-    else
-        mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') ||
-            cannot "apt has no Debian mirror"
-        debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 || cannot "debootstrap failed"
-    fi
-    cp -L /etc/resolv.conf "$root/etc/resolv.conf"
-    apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
-    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d" # nothing is started here
-    chmod 755 "$root/usr/sbin/policy-rc.d"
+    make_root
+    mount --bind "$root" "$root" # "ip netns exec" wants to be in a root that is a mount
 fi
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
-rm -rf "$root/root/instances"
-mkdir -p "$root/root/instances"
-tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
-# As README.md says, where the kernel can't tell the bridge of a frame
-unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
-    sed -i '/meta ibrname/d' "$root/root/instances/examples/nftables/bridge.nft"
+add_project
+fit_kernel
 
 # block N FILE: a page's fenced block of commands
 block() { awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }' "$top/$2"; }

@@ -1,0 +1,88 @@
+# shellcheck shell=sh disable=SC2016,SC2034,SC2317 # apt's own variable, what the caller uses, and a trap
+# What boot.sh, debian.sh and kernel.sh begin with: a Debian root in a temporary folder. Each sources this file, and calls
+# for_each with its releases. That runs the script again for each of them with the arguments "inside RELEASE FOLDER", in
+# namespaces of its own for mounts and processes. They go, and the folder, also when it fails or is interrupted.
+# DEBIAN_ROOTS: a folder to take RELEASE.tar from, a minimal root, and to put it into where it is not there.
+
+top=$(cd "$(dirname "$0")/.." && pwd)
+export PATH="$PATH:/usr/sbin:/sbin"
+say() { echo "${0##*/}: $*" >&2; }
+fail() { say "FAILED: $*"; exit 1; }
+# cannot WHY: it can't be tried here, which with CI=true is a failure
+cannot() { say "$*"; [ "${CI-}" = true ] && exit 1; exit 77; }
+not() { ! "$@"; }
+need() {
+    [ "$(id -u)" -eq 0 ] || cannot "needs root"
+    for program in "$@"; do
+        command -v "$program" >/dev/null || cannot "needs $program"
+    done
+}
+
+# ---- Outside ----
+# clear_more: takes away what else there is outside of the folder; for a script to define
+clear_more() { :; }
+clear_up() {
+    # The first process of the namespaces ends when all others in them have ended, and unshare waits for it.
+    if [ -n "$inside" ]; then
+        first=$(cat "/proc/$inside/task/$inside/children" 2>/dev/null || :)
+        # shellcheck disable=SC2086 # a number and a space
+        kill -KILL ${first:-$inside} 2>/dev/null || :
+        wait "$inside" || :
+    fi
+    [ -z "$folder" ] || { clear_more; rm -rf --one-file-system "$folder"; }
+    folder='' inside=''
+}
+for_each() {
+    folder='' inside='' status=0
+    trap 'status=$?; trap "" INT TERM HUP; clear_up; exit $status' EXIT
+    trap 'exit 130' INT TERM HUP
+    for release in "$@"; do
+        folder=$(mktemp -d /var/tmp/instances.XXXXXX)
+        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+            "$0" inside "$release" "$folder" </dev/null &
+        inside=$!
+        wait "$inside" || status=$?
+        inside=''
+        [ "$status" -eq 0 ] || exit "$status"
+        clear_up
+    done
+    exit 0
+}
+
+# ---- Inside ----
+if [ "${1-}" = inside ]; then
+    release=$2 folder=$3 root=$3/root
+    started=$(date +%s)
+fi
+step() { say "$release, $(($(date +%s) - started)) s: $*"; }
+# make_root: a minimal Debian in $root, where apt works and starts nothing
+make_root() {
+    tar=${DEBIAN_ROOTS:+$DEBIAN_ROOTS/$release.tar}
+    mkdir "$root"
+    if [ -n "$tar" ] && [ -e "$tar" ]; then
+        tar -xf "$tar" -C "$root"
+    else
+        need debootstrap
+        mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 '/debian/*$') ||
+            cannot "apt has no Debian mirror"
+        debootstrap --variant=minbase "$release" "$root" "$mirror" >"$folder/log" 2>&1 ||
+            { tail -n 5 "$folder/log" >&2; cannot "debootstrap failed"; }
+        [ -z "$tar" ] || { tar -cf "$tar.new" -C "$root" . && mv "$tar.new" "$tar"; }
+    fi
+    cp -L /etc/resolv.conf "$root/etc/resolv.conf"
+    apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
+    echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/fast"
+    printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
+    chmod 755 "$root/usr/sbin/policy-rc.d"
+}
+# add_project: a copy of this project in its /root/instances
+add_project() {
+    rm -rf "$root/root/instances"
+    mkdir -p "$root/root/instances"
+    tar -cf - -C "$top" --exclude=.git . | tar -xf - -C "$root/root/instances"
+}
+# fit_kernel: from that copy it takes, as README says, what the kernel here can't do
+fit_kernel() {
+    unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
+        sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/nftables/bridge.nft"
+}

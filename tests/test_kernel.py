@@ -1,0 +1,128 @@
+"""What only a distribution's own kernel shows: the guard as shipped, beside br_netfilter, other bridges and VLANs.
+
+kernel.sh boots Debian's and runs these there; elsewhere, the kernel runs what it can. Each is run with br_netfilter
+passing packets to iptables and not, with the rules loaded before the bridge is made, as after a boot, and after it.
+Their hooks then stay: taken away and made again, they would come after br_netfilter's, whatever the order was.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import test_bridge
+from conftest import PROGRAMS, need
+from lab import PROCESS, Client, Host, has_ibrname, run_script, wait_for
+from test_bridge import Bridge, addresses, scapy
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/sys/net/bridge").exists(), reason="needs br_netfilter, as kernel.sh has it"),
+]
+# A kernel without `meta ibrname` may know no VLANs either.
+debian_s_kernel = pytest.mark.skipif(not has_ibrname(), reason="needs `meta ibrname`, as kernel.sh has it")
+
+
+class Shipped(Bridge):
+    """A bridge with nftables/bridge.nft as it is."""
+
+    def __init__(self, host: Host, calls: str, rules_first: bool):
+        for program in ("iptables", "ip6tables", "arptables"):
+            host.set(f"net/bridge/bridge-nf-call-{program}", calls)
+        self.rules = host.example("nftables/bridge.nft")
+        run_script(PROCESS, "--force", base=host.base)
+        if rules_first:
+            host.run("nft", "-f", self.rules)
+        host.make_bridge()
+        super().__init__(host)
+
+    def guard(self, on: bool, bridge: str = "br0") -> None:
+        """Load the rules, for another bridge if given, and where they are to be off, put one first that accepts all."""
+        text = self.rules.read_text().replace('define guarded = "br0"', f'define guarded = "{bridge}"')
+        self.host.run("nft", "-f", "-", input=text)
+        if not on:
+            for hook in ("prerouting", "input", "forward"):
+                self.host.run("nft", "insert", "rule", "bridge", "instances", f"at_{hook}", "accept")
+
+
+MODES = {
+    f"{at_work} {order}": (calls, order == "after the rules")
+    for at_work, calls in (("without br_netfilter", "0"), ("with br_netfilter", "1"))
+    for order in ("before the rules", "after the rules")
+}
+
+
+@pytest.fixture(scope="module", params=MODES.values(), ids=MODES.keys())
+def bridge(tmp_path_factory, request):
+    need(*PROGRAMS)
+    host = Host(tmp_path_factory.mktemp("kernel"), bridge=False)
+    try:
+        yield Shipped(host, *request.param)
+    finally:
+        host.close()
+
+
+def echoes(client: Client) -> int:
+    """Return how many echo requests a client has received."""
+    counters = json.loads(client.run("nstat", "-asz", "--json", "IcmpInEchos", "Icmp6InEchos").stdout)["kernel"]
+    return counters["IcmpInEchos"] + counters["Icmp6InEchos"]
+
+
+@pytest.mark.parametrize("prefix", ["10", "2001"])
+def test_spoofed_pings_between_guests_are_dropped(bridge, prefix):
+    attacker, target = bridge.registered, bridge.bystander
+    source, destination = addresses(bridge.victim)[prefix], addresses(target)[prefix]
+    if prefix == "10":
+        ping, chain = scapy.IP(src=source, dst=destination) / scapy.ICMP(), "instances_drop_ip"
+    else:
+        ping, chain = scapy.IPv6(src=source, dst=destination) / scapy.ICMPv6EchoRequest(), "instances_drop_ip6"
+    frame = scapy.Ether(src=attacker.mac, dst=target.mac) / ping
+    bridge.guard(False)
+    heard = echoes(target)
+    wait_for(lambda: attacker.send(bytes(frame)) or echoes(target) > heard, "a spoofed ping without the guard")
+    bridge.guard(True)
+    heard = echoes(target)
+    bridge.is_dropped(attacker, frame, lambda: echoes(target) > heard, chain)
+
+
+@pytest.mark.parametrize("attack", ["ARP reply", "ARP request", "advertisement", "solicitation"])
+def test_neighbour_cache_is_not_poisoned(bridge, attack):
+    test_bridge.test_neighbour_cache_is_not_poisoned(bridge, attack, "bystander", "registered")
+
+
+def test_router_advertisement_makes_no_route(bridge):
+    test_bridge.test_router_advertisement_makes_no_route(bridge, "registered")
+
+
+def test_guests_reach_each_other(bridge):
+    bridge.guard(True)
+    for prefix in ("10", "2001"):
+        assert bridge.registered.pings(addresses(bridge.bystander)[prefix])
+
+
+@debian_s_kernel
+def test_other_bridge_of_the_host_is_left_alone(bridge):
+    host = bridge.host
+    host.run("ip", "link", "add", "br1", "type", "bridge")
+    host.run("ip", "link", "set", "br1", "up")
+    guests = [host.client(f"other{n}", f"10:66:6a:4c:a2:0{n}", bridge="br1") for n in range(2)]
+    for number, guest in enumerate(guests, 1):
+        guest.run("ip", "address", "add", f"10.84.0.{number}/24", "dev", "eth0")
+    reached = ("10.84.0.2", guests[1].addresses("fe80")[0] + "%eth0")
+    bridge.guard(True, "br1")
+    assert not any(guests[0].pings(address) for address in reached)
+    bridge.guard(True)
+    assert all(guests[0].pings(address) for address in reached)
+
+
+@debian_s_kernel
+def test_bridge_with_vlans_is_guarded_alike(bridge):
+    host = bridge.host
+    host.run("ip", "link", "set", "br0", "type", "bridge", "vlan_filtering", "1")
+    try:
+        for port in ("br0", *(f"veth{number}" for number in range(4))):
+            own = ["self"] if port == "br0" else []
+            host.run("bridge", "vlan", "add", "dev", port, "vid", "10", "pvid", "untagged", *own)
+        test_guests_reach_each_other(bridge)
+        test_spoofed_pings_between_guests_are_dropped(bridge, "10")
+    finally:
+        host.run("ip", "link", "set", "br0", "type", "bridge", "vlan_filtering", "0")
