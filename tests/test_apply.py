@@ -285,6 +285,8 @@ def test_tables_that_others_make_while_it_loads_stay(applied):
     applied.write_settings(INSTANCES_ADDRESS_SETS="host,web")
     for text in (file.read_text().replace("own", "other"), None):
         file.write_text(text) if text else file.unlink()
+        for path in applied.rules.iterdir():  # each is edited
+            path.write_text(path.read_text() + "redefine edited = 1\n")
         applied.apply()
         assert "inet filter" in applied.tables() and "inet own" not in applied.tables()
     assert applied.tables() == TABLES | {"inet filter"}
