@@ -87,7 +87,8 @@ def make_host(folder):
     (folder / "settings").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     dnsmasq = (TOP / "examples/dnsmasq/br0.conf").read_text().replace("/usr/local/sbin", str(TOP))
     (folder / "dnsmasq.conf").write_text(dnsmasq.replace("/var/lib/misc", str(folder)))
-    return f"{TOP}/examples/systemd/instances-apply {folder}/settings"
+    (folder / "run").mkdir()  # its notes are not for this machine's own /run
+    return f"sh -c 'mount --bind {folder}/run /run && {TOP}/examples/systemd/instances-apply {folder}/settings'"
 
 
 def make_guard(folder):

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from lab import APPLY, HOST_MAC, UPDATE, Client, Host, wait_for
+from lab import HOST_MAC, UPDATE, Client, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 ATTACKERS = ["registered", "unregistered"]
@@ -65,7 +65,7 @@ class Guarded:
 
     def settle(self) -> None:
         """Do the service's work, after what it does now."""
-        self.host.run(APPLY, self.host.folder / "settings")
+        self.host.run(*self.host.applying())
 
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""

@@ -322,11 +322,15 @@ class Host(Namespace):
 
     def write_settings(self, **variables: str) -> Path:
         """Write settings for instances-apply, which keep it to this host's folder, and these; return their file."""
-        folders = {"INSTANCES_RULES": f"{self.folder}/rules", "INSTANCES_RUN": f"{self.folder}/run"}
-        settings = environment(self.base, **(folders | variables))
+        settings = environment(self.base, **({"INSTANCES_RULES": f"{self.folder}/rules"} | variables))
         file = self.folder / "settings"
         file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
         return file
+
+    def applying(self) -> list[str]:
+        """Return the command that runs instances-apply, with a /run of this host's own."""
+        (self.folder / "run").mkdir(exist_ok=True)
+        return [*mounted({"/run": self.folder / "run"}), str(APPLY), f"{self.folder}/settings"]
 
     def start_guarded(self) -> None:
         """As after a boot: the guard is on, then dnsmasq starts, and the service's work is done on each marker."""
@@ -334,11 +338,11 @@ class Host(Namespace):
         rules.mkdir()
         self.example("nftables/bridge.nft").rename(rules / "bridge.nft")
         self.update("--initialize", "br0", "host")
-        settings = self.write_settings()
-        self.run(APPLY, settings)
-        service = 'while sleep 0.05; do [ ! -e "$1" ] || "$2" "$3"; done'
+        self.write_settings()
+        self.run(*self.applying())
+        service = 'while sleep 0.05; do [ ! -e "$0" ] || ("$@"); done'
         with open(self.folder / "service.log", "w") as log:
-            self.start("sh", "-c", service, "sh", f"{self.base}.updated", APPLY, settings, stdout=log, stderr=log)
+            self.start("sh", "-c", service, f"{self.base}.updated", *self.applying(), stdout=log, stderr=log)
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
 
     def example(self, name: str) -> Path:

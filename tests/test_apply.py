@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,14 @@ from conftest import need
 from lab import APPLY, EXAMPLES, Host, run, wait_for
 
 pytestmark = pytest.mark.slow
-TABLES = {"bridge instances", "bridge instances_asked", "inet instances"}  # of the two examples
+TABLES = {"bridge instances", "inet instances_group", "arp instances_group", "inet instances"}  # of the two examples
+OWN = "it may change tables of its own only: "
 WEB = ("10:66:6a:4c:a1:11", "10.83.0.11", "web")
+
+
+def replacing(table: str, body: str) -> str:
+    """Return a rule file that replaces a table."""
+    return f"table {table}\ndelete table {table}\ntable {table} {{\n{body}\n}}\n"
 
 
 class Applied:
@@ -34,7 +41,7 @@ class Applied:
         self.settings = self.host.write_settings(**settings)
 
     def apply(self, check: bool = True, **options) -> subprocess.CompletedProcess:
-        return self.host.run(APPLY, self.settings, check=check, **options)
+        return self.host.run(*self.host.applying(), check=check, **options)
 
     def boot(self) -> None:
         """Do what a boot does to the rules and the notes."""
@@ -120,9 +127,9 @@ def test_firewall_example_lets_guests_reach_each_other_where_bridged_frames_pass
 def test_nothing_changed_is_one_call_of_nft_and_no_load(applied):
     applied.apply()
     first, log = applied.ruleset("-a"), applied.host.folder / "strace"
-    applied.host.run("strace", "-f", "-qq", "-e", "trace=execve", "-o", log, APPLY, applied.settings)
+    applied.host.run("strace", "-f", "-qq", "-e", "trace=execve", "-o", log, *applied.host.applying())
     calls = [line for line in log.read_text().splitlines() if '/nft"' in line and line.endswith("= 0")]
-    assert len(calls) == 1 and '"list"' in calls[0] and "python" not in log.read_text()
+    assert len(calls) == 1 and '"list"' in calls[0] and "instances-process" not in log.read_text()
     assert applied.ruleset("-a") == first
 
 
@@ -160,13 +167,14 @@ def test_settings_are_those_of_the_file_whoever_runs_it(applied):
 
 
 def test_settings_that_are_not_there_or_broken_change_nothing(applied):
-    for text in (None, "INSTANCES_ADDRESS_SETS='host"):
+    for text in (None, "INSTANCES_ADDRESS_SETS='host", "A=b\n$A=c", "A=$HOME", "A=`id`", "host,web", "A='b'c"):
         applied.settings.unlink() if text is None else applied.settings.write_text(text)
-        assert applied.apply(check=False).returncode != 0
+        result = applied.apply(check=False)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1 and str(applied.settings) in result.stderr
         assert applied.tables() == set() and not applied.hosts.exists()
-    for wrong in (("a", "b"), ("--help",), ("",)):
+    for wrong in (("a", "b"), ("--aply",), ("",)):
         result = applied.host.run(APPLY, *wrong, check=False)
-        assert (result.returncode, result.stderr) == (2, "usage: instances-apply [SETTINGS]\n")
+        assert (result.returncode, result.stderr) == (2, "usage: instances-apply [-h] [SETTINGS]\n")
 
 
 def test_another_base_refuses_the_rules_of_the_former_one(applied):
@@ -175,9 +183,7 @@ def test_another_base_refuses_the_rules_of_the_former_one(applied):
     applied.write_settings(INSTANCES_BASE_ID="br0", INSTANCES_ADDRESS_SETS="host,web")
     result = applied.apply(check=False)
     assert result.returncode == 1
-    assert re.search(
-        r"^instances-apply: bridge.nft: not loaded: .*/instances-br0,.*/instances.nftables_chains$", result.stderr, re.M
-    )
+    assert re.search("bridge.nft: not loaded: .*/instances-br0, .*/instances.nftables_chains\n", result.stderr)
     assert applied.ruleset("-a") == first and Path(f"{applied.host.base}-br0.hosts.d/instances.hosts").exists()
     for file in applied.rules.iterdir():
         text = file.read_text().replace("instances.nftables_", "instances-br0.nftables_")
@@ -192,25 +198,68 @@ def test_rule_file_that_is_edited_added_or_taken_away(applied):
     bridge.write_text(bridge.read_text().replace("VLAN tag", "edited"))
     applied.apply()
     assert '"edited"' in applied.ruleset()
-    added = applied.write("added.nft", "table inet added { chain a { counter; }; }\n")
+    added = applied.write("added.nft", replacing("inet added", "chain a { counter; }"))
     applied.apply()
     assert "inet added" in applied.tables()
-    added.write_text("table ip other { chain a { drop; }; }\n")  # another table, and no word of the former one
+    added.write_text(replacing("ip other", "chain a { drop; }"))  # another table, and no word of the former one
     applied.apply()
     assert applied.tables() == TABLES | {"inet mine", "ip other"}
     added.unlink()
     (applied.rules / "firewall.nft").unlink()
-    assert "firewall.nft is gone" in applied.apply().stderr
+    assert "no rule file has table inet instances, table ip other: deleted" in applied.apply().stderr
     assert applied.tables() == TABLES - {"inet instances"} | {"inet mine"}
     assert applied.apply().stderr == ""
 
 
-def test_rule_file_without_words_to_replace_is_loaded_once(applied):
-    file = applied.write("plain.nft", "table inet plain {\n\tchain a {\n\t\tcounter accept\n\t}\n}\n")
-    for text in (file.read_text(), file.read_text() + "# edited\n"):
-        file.write_text(text)
-        applied.apply()
-        assert applied.host.run("nft", "list", "table", "inet", "plain").stdout.count("accept") == 1
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("table inet a {\nchain a { counter; }\n}", "add 'table inet a' and 'delete table inet a'"),
+        ("table a { }", "add 'table ip a' and 'delete table ip a'"),
+        ("\ttable  inet\ta { }", "add 'table inet a'"),
+        ("add table inet a", "add 'table inet a'"),
+        ("# delete table inet a\ntable inet a { }", "add 'table inet a'"),
+        ('table inet a { chain c { counter comment "; delete table inet a"; }; }', "add 'table inet a'"),
+        ("table inet b; delete table inet b; table inet a { }", "add 'table inet a'"),
+        ("add chain inet mine more", OWN + "add chain inet mine"),
+        ("table inet a\ndelete table inet a\nadd rule inet mine kept drop", OWN + "add rule inet mine"),
+        ("flush ruleset", OWN + "flush ruleset"),
+        ("table inet $a { }", OWN + "table inet"),
+        ('include "./b.nft"', "it includes ./b.nft: write its whole path"),
+    ],
+)
+def test_rule_file_that_would_add_to_what_is_there_is_refused(applied, text, told):
+    applied.host.run("nft", "add table inet mine; add chain inet mine kept")
+    applied.write("a.nft", text + "\n")
+    for _ in range(2):
+        result = applied.apply(check=False)
+        assert result.returncode == 1 and f"a.nft: not loaded: {told}" in result.stderr
+        assert applied.tables() == TABLES | {"inet mine"} and "more" not in applied.ruleset()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "table inet a; delete table inet a; table inet a { chain c { counter; }; }",
+        "add table inet a\n\tdelete\ttable inet a # words\ntable inet a { # words\nchain c { counter; }\n}",
+        "table inet a\nflush table inet a\ntable inet a {\nchain c { counter; }\n}",
+        'table inet a { chain c { }; }\nflush table inet a\nadd rule inet a c counter comment "# }"',
+        "add \\\ntable inet a\ndelete table inet a\ndefine n = { 1 }\ntable inet a { chain c { counter; }; }",
+    ],
+)
+def test_rule_file_that_replaces_its_table_is_loaded_as_it_is_written(applied, text):
+    file = applied.write("a.nft", text + "\n")
+    applied.apply()
+    file.write_text(text + "\ntable ip b\ndelete table ip b\n")
+    applied.apply()
+    applied.host.run("nft", "add rule inet a c drop")
+    applied.apply()
+    assert applied.host.run("nft", "list", "table", "inet", "a").stdout.count("counter packets") == 1
+    assert "drop" not in applied.host.run("nft", "list", "table", "inet", "a").stdout
+    assert applied.apply().stderr == ""
+    file.unlink()
+    applied.apply()
+    assert applied.tables() == TABLES
 
 
 def test_renamed_rule_file_keeps_its_table(applied):
@@ -223,13 +272,24 @@ def test_renamed_rule_file_keeps_its_table(applied):
     assert applied.apply().stderr == "" and applied.ruleset("-a") == first
 
 
-def test_tables_of_others_stay_when_a_file_that_adds_to_them_is_taken_away(applied):
-    applied.host.run("nft", "add table inet mine; add chain inet mine kept")
-    file = applied.write("more.nft", "table inet mine { chain more { }\n }\ntable inet own { }\n")
+def test_tables_that_others_make_while_it_loads_stay(applied):
+    file = applied.write("filter.nft", replacing("inet own", "chain filter { }"))
+    nft = applied.host.folder / "nft"  # nft, and beside the first load another program
+    real = shutil.which("nft", path="/usr/sbin:/usr/bin")
+    others = "table inet filter { chain input { drop; }; }"
+    nft.write_text(f"#!/bin/sh\ncase $* in '-f -') {real} '{others}' ;; esac\nexec {real} \"$@\"\n")
+    nft.chmod(0o755)
+    path = f"{applied.host.folder}:" + re.search("PATH='(.*)'", applied.settings.read_text())[1]
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", PATH=path)
     applied.apply()
-    file.unlink()
-    applied.apply()
-    assert "inet own" not in applied.tables() and "chain kept" in applied.ruleset()
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host,web")
+    for text in (file.read_text().replace("own", "other"), None):
+        file.write_text(text) if text else file.unlink()
+        for path in applied.rules.iterdir():  # each is edited
+            path.write_text(path.read_text() + "redefine edited = 1\n")
+        applied.apply()
+        assert "inet filter" in applied.tables() and "inet own" not in applied.tables()
+    assert applied.tables() == TABLES | {"inet filter"}
 
 
 def test_what_a_rule_file_includes_is_noticed(applied):
@@ -245,11 +305,26 @@ def test_what_a_rule_file_includes_is_noticed(applied):
     assert "8081" in applied.ruleset() and "8080" not in applied.ruleset()
 
 
-def test_two_rule_files_of_one_table_are_told(applied):
+def test_table_that_an_included_file_names_is_the_rule_files_own(applied):
+    included = applied.rules / "included"
+    applied.write("mine.nft", f'include "{applied.rules}/incl*"\n')
+    for text, tables in ((replacing("inet mine", "chain c { }"), TABLES | {"inet mine"}), ("", TABLES)):
+        included.write_text(text)
+        applied.apply()
+        assert applied.tables() == tables
+
+
+def test_second_rule_file_of_a_table_is_refused(applied):
     shutil.copy(applied.rules / "bridge.nft", applied.rules / "old-bridge.nft")
-    result = applied.apply(check=False)
-    assert result.returncode == 1 and "table bridge instances" in result.stderr
-    (applied.rules / "old-bridge.nft").unlink()
+    for _ in range(2):
+        result = applied.apply(check=False)
+        told = r"old-bridge.nft: not loaded: bridge.nft has table \w+ instances\w*, too: leave it in one of them\n"
+        assert result.returncode == 1 and re.search(told, result.stderr)
+    applied.write("a.nft", "table bridge instances\ndelete table bridge instances\ntable bridge instances { wrong\n")
+    applied.host.update("add", *WEB)
+    assert "bridge.nft: loaded" in applied.apply(check=False).stderr, "a broken file keeps no other out"
+    for name in ("a.nft", "old-bridge.nft"):
+        (applied.rules / name).unlink()
     applied.apply()
     assert applied.tables() == TABLES
 
@@ -262,12 +337,10 @@ def test_two_rule_files_of_one_table_are_told(applied):
         "flush chain bridge instances guard",
         "delete table bridge instances",
         "add rule bridge instances guard accept",
-        "delete table inet one; delete table inet indented; delete table inet commented",
+        "add chain bridge instances more { type filter hook forward priority 1; policy drop; }",
     ],
 )
 def test_rules_that_anybody_changed_are_loaded_again(applied, change):
-    styles = "table inet one { chain a { drop; }; }\n  table inet indented {\n}\ntable inet commented { # words\n}\n"
-    applied.write("styles.nft", styles)
     applied.apply()
     first = applied.ruleset()
     applied.host.run("nft", change)
@@ -275,6 +348,93 @@ def test_rules_that_anybody_changed_are_loaded_again(applied, change):
     applied.apply()
     assert sorted(applied.ruleset().splitlines()) == sorted(first.splitlines())
     assert applied.apply().stderr == ""
+
+
+def test_what_sets_learned_outlives_an_update_and_not_an_edit(applied):
+    learned = "10:66:6a:4c:a1:99"
+    bridge = applied.rules / "bridge.nft"
+    applied.apply()
+    for mac, count in ((learned, 7), (WEB[0], 9)):
+        element = f"{{ {mac} counter packets {count} bytes 1 }}"
+        applied.host.run("nft", f"add element bridge instances instances_dropped {element}")
+    applied.host.update("add", *WEB)
+    assert "the guard dropped 9 of web, 7 of 10:66:6a:4c:a1:99\n" in applied.apply().stderr
+    applied.host.update("add", WEB[0], "10.83.0.12")
+    result = applied.apply()
+    assert "bridge.nft: loaded" in result.stderr and "dropped" not in result.stderr
+    assert learned in applied.host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+    bridge.write_text(bridge.read_text().replace("other protocol", "edited"))
+    applied.apply()
+    assert learned not in applied.host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+
+
+def test_who_was_dropped_is_one_line_of_ten(applied):
+    applied.apply()
+    elements = ", ".join(f"10:66:6a:00:00:{n:02x} counter packets {n} bytes 1" for n in range(1, 100))
+    applied.host.run("nft", f"add element bridge instances instances_dropped {{ {elements} }}")
+    applied.host.update("add", *WEB)
+    (line,) = [line for line in applied.apply().stderr.splitlines() if "dropped" in line]
+    assert line.count(" of 10:66:6a:00:00:") == 10 and "99 of 10:66:6a:00:00:63, 98 of" in line
+    assert line.endswith(", and of 89 others")
+
+
+def test_set_of_another_type_than_the_one_there_replaces_its_table(applied):
+    included = applied.rules / "registry"
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", INSTANCES_BASE_PATH=str(included))
+    for name in ("bridge.nft", "firewall.nft"):
+        (applied.rules / name).unlink()
+    text = f'table inet a\nflush table inet a\ntable inet a {{\ninclude "{included}.nftables_sets"\n}}\n'
+    applied.write("a.nft", text)
+    applied.apply()
+    sets = Path(f"{included}.nftables_sets")
+    sets.write_text(sets.read_text().replace("type ipv4_addr", "type ether_addr"))
+    assert applied.apply().stderr == "instances-apply: a.nft: loaded\n"
+    assert "ether_addr" in applied.ruleset() and "ipv4_addr" not in applied.ruleset()
+
+
+def test_guard_of_the_former_release_is_replaced(applied):
+    former = """table bridge instances_asked {
+        set asked { typeof ether saddr . udp dport; size 65536; flags dynamic,timeout; timeout 1m; }
+        chain input { type filter hook input priority 10; policy accept; }
+    }
+    table bridge instances {
+        set instances_ip { type ipv4_addr; }
+        chain prerouting { type filter hook prerouting priority 0; policy accept; }
+    }"""
+    applied.host.run("nft", former)
+    assert "Error" not in applied.apply().stderr
+    assert applied.tables() == TABLES
+    assert "chain prerouting {" not in applied.host.run("nft", "list", "table", "bridge", "instances").stdout
+    assert applied.apply().stderr == ""
+
+
+def test_missing_set_is_told_with_the_setting_that_makes_it(applied):
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host")
+    told = "instances-apply: firewall.nft: not loaded: add web to INSTANCES_ADDRESS_SETS\n"
+    assert told in applied.apply(check=False).stderr and applied.tables() == TABLES - {"inet instances"}
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host,web")
+    applied.apply()
+    assert applied.tables() == TABLES
+
+
+def test_only_the_broken_file_is_tried_again(applied):
+    applied.write("broken.nft", replacing("inet broken", "wrong"))
+    applied.apply(check=False)
+    first = applied.ruleset("-a")
+    result = applied.apply(check=False)
+    assert result.returncode == 1 and "syntax error" in result.stderr and ": loaded" not in result.stderr
+    assert applied.ruleset("-a") == first
+
+
+def test_guard_that_only_observes_is_a_setting(applied):
+    applied.apply()
+    for settings, verdict in (({"INSTANCES_GUARD": "observe"}, "accept"), ({}, "drop")):
+        applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", **settings)
+        applied.apply()
+        chain = applied.host.run("nft", "list", "chain", "bridge", "instances", "instances_verdict").stdout
+        assert re.search(rf"^\s*{verdict}$", chain, re.MULTILINE)
+    applied.settings.write_text(applied.settings.read_text() + '; also systemd\'s\n # words\nB="c d" # words\nE=\n')
+    assert applied.apply().returncode == 0
 
 
 def test_all_is_in_force_after_a_boot(applied):
@@ -302,7 +462,7 @@ def test_broken_rule_file_keeps_what_it_made_and_no_other_out(applied):
     bridge = applied.rules / "bridge.nft"
     good = bridge.read_text()
     applied.apply()
-    bridge.write_text("table bridge instances {")
+    bridge.write_text("table bridge instances\ndelete table bridge instances\ntable bridge instances {")
     applied.host.update("add", *WEB)
     for _ in range(2):
         result = applied.apply(check=False)
@@ -312,7 +472,7 @@ def test_broken_rule_file_keeps_what_it_made_and_no_other_out(applied):
         assert "web.instance.internal" in applied.hosts.read_text()
     bridge.write_text(good)
     assert applied.apply().stderr == "instances-apply: bridge.nft: loaded\n" and "10.83.0.11" in applied.ruleset()
-    applied.write("broken.nft", "table inet broken {")
+    applied.write("broken.nft", "table inet broken\ndelete table inet broken\ntable inet broken {")
     applied.boot()
     assert applied.apply(check=False).returncode == 1
     assert applied.tables() == TABLES
@@ -344,7 +504,7 @@ def test_names_are_made_without_rules(applied, folder):
 
 
 def test_names_are_readable_to_dnsmasq_whatever_the_umask_was(applied):
-    applied.host.run("sh", "-c", f"umask 077; mkdir {applied.hosts.parent}; exec {APPLY} {applied.settings}")
+    applied.host.run("sh", "-c", f'umask 077; mkdir {applied.hosts.parent}; exec "$@"', "sh", *applied.host.applying())
     modes = [path.stat().st_mode & 0o777 for path in (applied.hosts.parent, applied.hosts)]
     assert modes == [0o755, 0o644]
     applied.hosts.chmod(0o600)  # of a run of another script
@@ -364,8 +524,8 @@ def test_names_that_were_deleted_come_back(applied):
 
 
 def test_several_at_once_do_it_once(applied):
-    applied.write("plain.nft", "table inet plain { chain a { counter accept; }; }\n")
-    runs = [applied.host.start(APPLY, applied.settings, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    applied.write("plain.nft", replacing("inet plain", "chain a { counter accept; }"))
+    runs = [applied.host.start(*applied.host.applying(), stderr=subprocess.PIPE, text=True) for _ in range(4)]
     output = "".join(run.communicate(timeout=60)[1] for run in runs)
     assert [run.returncode for run in runs] == 4 * [0] and output.count("instances,") == 1
     assert applied.host.run("nft", "list", "table", "inet", "plain").stdout.count("accept") == 1
@@ -378,7 +538,7 @@ def test_run_that_is_killed_is_finished_by_the_next(applied):
     for part in range(12):
         applied.boot()
         applied.host.update("add", WEB[0], f"10.83.0.{100 + part}", "web")
-        process = subprocess.Popen(applied.host.command(APPLY, applied.settings), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(applied.host.command(*applied.host.applying()), stderr=subprocess.DEVNULL)
         time.sleep(whole * part / 12)
         process.kill()
         process.wait()
@@ -399,7 +559,15 @@ def test_systemd_units_are_valid_and_hardened(tmp_path):
     assert float(re.search(r"Overall exposure level.*: ([0-9.]+)", exposure)[1]) < 3
 
 
-def test_cron_example_is_a_line_a_minute_for_root():
-    lines = [line for line in (EXAMPLES / "cron" / "instances").read_text().splitlines() if line[:1] == "*"]
-    assert len(lines) == 1 and lines[0].startswith("* * * * * root ")
-    assert run("sh", "-n", "-c", lines[0].removeprefix("* * * * * root ")).returncode == 0
+def test_cron_example_runs_it_each_minute_with_the_settings_of_the_package(applied):
+    lines = (EXAMPLES / "cron" / "instances").read_text().splitlines()
+    (path,) = [line for line in lines if line.startswith("PATH=")]
+    schedule, user, command = re.fullmatch(r"((?:\S+ ){5})(\w+) (.*)", lines[-1]).groups()
+    assert (schedule.split(), user) == (5 * ["*"], "root")
+    stand_in = applied.host.folder / "logger"  # syslog's, which is the machine's own
+    stand_in.write_text(f"#!/bin/sh\ncat >>{applied.host.folder}/syslog\n")
+    stand_in.chmod(0o755)
+    apply = " ".join(map(shlex.quote, applied.host.applying()))
+    script = f"{path.replace('=', f'={applied.host.folder}:')}\n" + command.replace("instances-apply", apply)
+    applied.host.run("env", "-i", "sh", "-c", script)
+    assert "bridge.nft: loaded" in (applied.host.folder / "syslog").read_text() and applied.tables() == TABLES
