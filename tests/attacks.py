@@ -4,15 +4,25 @@ import contextlib
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from lab import APPLY, HOST_MAC, UPDATE, Client, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
+igmp = pytest.importorskip("scapy.contrib.igmp")
 ATTACKERS = ["registered", "unregistered"]
 HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
 EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"
+LISTENER = """\
+import socket
+s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+s.bind(("::", 5000))
+print("listens", flush=True)
+while True:
+    print(s.recv(100).decode(), flush=True)
+"""
 SNIFFER = """\
 import socket
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -81,7 +91,7 @@ class Guarded:
         host.run("nft", "delete", "table", "bridge", "instances", check=False)
         Path(f"{host.base}.updated").touch()
         self.settle()
-        host.run("ip", "neighbour", "flush", "dev", "br0")
+        host.run("ip", "neighbour", "flush", "all")
         assert f"\n{option}\n" in self.config + "\n\n"
         config = host.folder / "now.conf"
         config.write_text(self.config.replace(f"\n{option}\n", "\n", 1).replace(str(UPDATE), str(script)))
@@ -192,3 +202,16 @@ def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
         / ip(src=source, dst=destination)
         / scapy.UDP(sport=sport, dport=dport)
     )
+
+
+@contextlib.contextmanager
+def hearing(node):
+    """Have a node listen on port 5000; give a function that returns what came to it so far."""
+    path = node.folder / "heard"
+    with open(path, "w") as file:
+        process = node.start(sys.executable, "-c", LISTENER, stdout=file)
+        try:
+            wait_for(path.read_text, "a listener")
+            yield path.read_text
+        finally:
+            node.stop(process, signal.SIGKILL)

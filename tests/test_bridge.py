@@ -7,26 +7,15 @@ dropped and counted and has no effect: by a client with a lease of its own, and 
 import contextlib
 import re
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from attacks import ATTACKERS, EVERYONE, HOST_LLA, hearing, scapy
 from conftest import PROGRAMS, need
 from lab import CHAINS, Client, Host, wait_for
 
-scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
-HOST_LLA = "fe80::1266:6aff:fe4c:a1fe"
-ATTACKERS = ["registered", "unregistered"]
 FAR = "2001:67c:99::1"  # an address beyond the router
-LISTENER = """\
-import socket
-s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-s.bind(("::", 5000))
-while True:
-    print(s.recv(100).decode(), flush=True)
-"""
 
 
 class Bridge:
@@ -129,7 +118,6 @@ def router_solicitation(attacker, target, stolen):
     return ip / scapy.ICMPv6ND_RS() / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
 
 
-EVERYONE = "ff:ff:ff:ff:ff:ff"
 POISON = {  # what: (chain, beginning of the stolen address, packet)
     "ARP reply": ("arp", "10", lambda a, t, s: arp(a, t, s, 2, addresses(t)["10"], t.mac)),
     "ARP request": ("arp", "10", lambda a, t, s: arp(a, t, s, 1, addresses(t)["10"], EVERYONE)),
@@ -230,19 +218,16 @@ def test_datagram_from_a_forged_source_does_not_arrive(bridge, prefix, where, wh
     ip = scapy.IP if prefix == "10" else scapy.IPv6
     header = ip(src=addresses(bridge.victim)[prefix], dst=addresses(target)[prefix])
     frame = scapy.Ether(src=attacker.mac, dst=target.mac) / header / scapy.UDP(sport=5000, dport=5000)
-    with open(bridge.host.folder / "heard", "w+") as heard:
-        listener = target.start(sys.executable, "-c", LISTENER, stdout=heard)
-        path = Path(heard.name)
+    with hearing(target) as heard:
         bridge.guard(False)
-        wait_for(lambda: attacker.send(bytes(frame / b"open")) or "open" in path.read_text(), "a forged datagram")
+        wait_for(lambda: attacker.send(bytes(frame / b"open")) or "open" in heard(), "a forged datagram")
         bridge.guard(True)
         chain = "instances_drop_ip" if prefix == "10" else "instances_drop_ip6"
-        bridge.is_dropped(attacker, frame / b"guarded", lambda: "guarded" in path.read_text(), chain)
+        bridge.is_dropped(attacker, frame / b"guarded", lambda: "guarded" in heard(), chain)
         honest = frame / b"honest"
         honest.src = bridge.victim.mac
-        wait_for(lambda: bridge.victim.send(bytes(honest)) or "honest" in path.read_text(), "an honest datagram")
-        assert "guarded" not in path.read_text()
-        target.stop(listener)
+        wait_for(lambda: bridge.victim.send(bytes(honest)) or "honest" in heard(), "an honest datagram")
+        assert "guarded" not in heard()
 
 
 @contextlib.contextmanager
