@@ -204,6 +204,27 @@ def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
     )
 
 
+def packed(address: str) -> bytes:
+    """Return an IPv6 address as bytes."""
+    return scapy.inet_pton(scapy.socket.AF_INET6, address)
+
+
+def gives_up(attacker, victim, address) -> bool:
+    """Have the victim detect duplicates of its address while the attacker does the same; tell whether it gives it up."""
+    group = scapy.inet_ntop(scapy.socket.AF_INET6, scapy.in6_getnsma(packed(address)))
+    frame = scapy.Ether(src=attacker.mac, dst=scapy.in6_getnsmac(packed(address)))
+    frame /= scapy.IPv6(src="::", dst=group, hlim=255) / scapy.ICMPv6ND_NS(tgt=address)
+    victim.run("ip", "address", "flush", "dev", "eth0", "to", address)
+    victim.run("ip", "address", "add", f"{address}/128", "dev", "eth0")
+    attacker.send(*3 * [bytes(frame)])
+
+    def detected():
+        return victim.run("ip", "-6", "address", "show", "dev", "eth0", "to", address).stdout
+
+    wait_for(lambda: "dadfailed" in detected() or "tentative" not in detected(), "the end of the detection")
+    return "dadfailed" in detected()
+
+
 @contextlib.contextmanager
 def hearing(node):
     """Have a node listen on port 5000; give a function that returns what came to it so far."""
