@@ -27,6 +27,7 @@ SNIFFER = """\
 import socket
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
 s.bind(("eth0", 0))
+print("listens", flush=True)
 while True:
     print(s.recv(2000).hex(), flush=True)
 """
@@ -124,6 +125,10 @@ class Guarded:
         """Check that the victim pings and renews its leases."""
         for address in (HOST4, HOST6, "fd83:5eed::1"):
             wait_for(lambda a=address: self.victim.pings(a), f"a ping of {address}")
+        self.renew()
+
+    def renew(self) -> None:
+        """Have the victim renew its leases."""
         renewals = self.victim.events().count("renew 10.83")
         self.lease4.send_signal(signal.SIGUSR1)
         wait_for(lambda: self.victim.events().count("renew 10.83") > renewals, "a renewal over IPv4")
@@ -226,11 +231,11 @@ def gives_up(attacker, victim, address) -> bool:
 
 
 @contextlib.contextmanager
-def hearing(node):
-    """Have a node listen on port 5000; give a function that returns what came to it so far."""
+def hearing(node, program=LISTENER):
+    """Have a node listen, on port 5000 unless to all frames; give a function that returns what came to it so far."""
     path = node.folder / "heard"
     with open(path, "w") as file:
-        process = node.start(sys.executable, "-c", LISTENER, stdout=file)
+        process = node.start(sys.executable, "-c", program, stdout=file)
         try:
             wait_for(path.read_text, "a listener")
             yield path.read_text
