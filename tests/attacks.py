@@ -215,7 +215,7 @@ def packed(address: str) -> bytes:
 
 
 def gives_up(attacker, victim, address) -> bool:
-    """Have the victim detect duplicates of its address while the attacker does the same; tell whether it gives it up."""
+    """Have the victim detect duplicates of its address while the attacker does so; tell whether it gives it up."""
     group = scapy.inet_ntop(scapy.socket.AF_INET6, scapy.in6_getnsma(packed(address)))
     frame = scapy.Ether(src=attacker.mac, dst=scapy.in6_getnsmac(packed(address)))
     frame /= scapy.IPv6(src="::", dst=group, hlim=255) / scapy.ICMPv6ND_NS(tgt=address)

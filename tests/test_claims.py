@@ -1,9 +1,10 @@
-"""Whose an address is that no lease tells of: a link-local one that its owner made otherwise than from its MAC address, one
-that is allowed, one whose registration was lost; and what a guard that only observes does.
+"""Whose an address is that no lease tells of: a link-local one that its owner made otherwise than from its MAC address,
+one that is allowed, one whose registration was lost. And a guard that observes, that counts on, that is upgraded.
 """
 
 import contextlib
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from attacks import (
     NODES,
     SNIFFER,
     bootp,
+    datagram,
     dhcp6,
     gives_up,
     hearing,
     link_local,
     own_duid,
+    packed,
     scapy,
 )
 from lab import wait_for
@@ -216,13 +219,11 @@ def test_renewal_from_another_s_address_goes_nowhere_but_to_the_host(bridge, out
 def test_message_of_one_s_own_from_another_s_address_does_the_other_no_harm(bridge, kind):
     attacker, host = bridge.unregistered, bridge.host
     bridge.reset()
-    own = renewal(attacker, kind, bridge.own["ipv4"], HOST4, host.mac)
-    attacker.send(bytes(own))
+    message = (attacker, kind, bridge.own["ipv4"], HOST4, host.mac)
+    attacker.send(bytes(renewal(*message)))
     wait_for(lambda: f"DHCP{kind.upper()}(br0)" in bridge.log(), "it to be heard")
     assert not bridge.harm(attacker)
-    bridge.is_dropped(
-        "instances_drop_dhcp", attacker, renewal(attacker, kind, bridge.own["ipv4"], HOST4, host.mac, bridge.victim.mac)
-    )
+    bridge.is_dropped("instances_drop_dhcp", attacker, renewal(*message, chaddr=bridge.victim.mac))
     assert not bridge.harm(attacker)
 
 
@@ -255,3 +256,202 @@ def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge,
     known = {address for field, address in bridge.own.items()}
     wait_for(lambda: known <= {*bridge.host.registry()[bridge.victim.mac].values()}, "its entry")
     bridge.victim_is_well()
+
+
+SHARED, SHARED6, ROUTED, ROUTED6 = "10.83.0.50", "2001:67c:83::50", "10.99.0.7", "2001:67c:99::7"
+
+
+@pytest.fixture
+def allowed(bridge):
+    """Two guests share an address of each version, and the first of them routes a network of each."""
+    bridge.reset()
+    host = bridge.host
+    host.update("--allow", bridge.victim.mac, SHARED, SHARED6, "10.99.0.0/24", "2001:67c:99::/64")
+    host.update("--allow", bridge.registered.mac, SHARED, SHARED6)
+    host.run("ip", "-6", "route", "replace", "2001:67c:99::/64", "dev", "br0")
+    host.run("ip", "route", "replace", "10.99.0.0/24", "dev", "br0")
+    bridge.settle()
+    return bridge
+
+
+# From which address: (to which, the chain, whose it is)
+SOURCES = {
+    SHARED: (HOST4, "instances_drop_ip", ["victim", "registered"]),
+    SHARED6: (HOST6, "instances_drop_ip6", ["victim", "registered"]),
+    ROUTED: (HOST4, "instances_drop_ip", ["victim"]),
+    ROUTED6: (HOST6, "instances_drop_ip6", ["victim"]),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_allowed_address_is_a_source_for_those_who_are_allowed_only(allowed, source):
+    destination, chain, owners = SOURCES[source]
+    others = [who for who in ATTACKERS if who not in owners]
+
+    def sent(who, text):
+        guest = getattr(allowed, who)
+        return scapy.Ether(bytes(datagram(guest, source, destination) / text))
+
+    with hearing(allowed.host) as heard:
+        for who in owners:
+            getattr(allowed, who).send(bytes(sent(who, f"of the {who}")))
+            wait_for(lambda w=who: f"of the {w}" in heard(), f"a datagram of the {who}")
+        for who in others:
+            allowed.is_dropped(chain, getattr(allowed, who), sent(who, "forged"))
+            assert "forged" not in heard()
+        with allowed.without(chain):
+            for who in others:
+                getattr(allowed, who).send(bytes(sent(who, f"forged by {who}")))
+                wait_for(lambda w=who: f"forged by {w}" in heard(), f"a datagram of {who} without the chain")
+
+
+def announced(sender, address, host):
+    """Return an ARP request, or a neighbour advertisement, that says that the sender has an address."""
+    if ":" in address:
+        return advertised(sender, address)
+    return scapy.Ether(src=sender.mac, dst=host.mac) / scapy.ARP(hwsrc=sender.mac, psrc=address, pdst=HOST4)
+
+
+# Of which address: (the chain, who may say that he has it)
+ANNOUNCED = {
+    SHARED: ("instances_drop_arp", ["victim", "registered"]),
+    SHARED6: ("instances_drop_ndp", ["victim", "registered"]),
+    ROUTED: ("instances_drop_arp", []),
+    ROUTED6: ("instances_drop_ndp", []),
+}
+
+
+@pytest.mark.parametrize("address", ANNOUNCED)
+def test_allowed_address_is_announced_by_those_who_are_allowed_only_and_a_network_s_by_nobody(allowed, address):
+    host, (chain, owners) = allowed.host, ANNOUNCED[address]
+
+    def believed(guest):
+        host.run("ping", "-n", "-c", "1", "-W", "0.1", address, check=False)  # a host asks before it believes
+        guest.send(bytes(announced(guest, address, host)))
+        return host.neighbour(address) == guest.mac
+
+    others = [who for who in ("victim", *ATTACKERS) if who not in owners]
+    for who in owners:
+        wait_for(lambda w=who: believed(getattr(allowed, w)), f"the host to believe the {who}")
+    for who in others:
+        host.run("ip", "neighbour", "flush", "to", address)
+        allowed.is_dropped(chain, getattr(allowed, who), announced(getattr(allowed, who), address, host))
+        assert not believed(getattr(allowed, who))
+    with allowed.without(chain):
+        for who in others:
+            wait_for(lambda w=who: believed(getattr(allowed, w)), f"the host to believe {who} without the chain")
+
+
+def senders(bridge):
+    """Return how much was dropped of each sender."""
+    listing = bridge.host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+    return {mac: int(count) for mac, count in re.findall(r"((?:\w\w:){5}\w\w) counter packets (\d+)", listing)}
+
+
+def test_guard_that_observes_lets_pass_what_it_counts_and_names(bridge):
+    attacker, host, victim = bridge.registered, bridge.host, bridge.victim
+    own = bridge.registry[attacker.mac]
+    forged = {  # chain: frame
+        "instances_drop_ip": datagram(attacker, bridge.own["ipv4"], bridge.own["ipv4"]),
+        "instances_drop_ip6": datagram(attacker, bridge.addresses6[0], bridge.addresses6[0]),
+        "instances_drop_arp": scapy.ARP(hwsrc=attacker.mac, psrc=HOST4, pdst=bridge.own["ipv4"]),
+        "instances_drop_ndp": advertised(attacker, HOST6),
+        "instances_drop_rogue": datagram(attacker, own["ipv4"], bridge.own["ipv4"], 67, 68),
+        "guard": scapy.Ether(type=0x8035) / scapy.ARP(op=4, psrc=bridge.own["ipv4"]),
+        "no_dhcp": bootp(attacker, "discover"),
+    }
+    for chain, frame in forged.items():
+        forged[chain] = scapy.Ether(bytes(frame if scapy.Ether in frame else scapy.Ether() / frame))
+        forged[chain].src, forged[chain].dst = attacker.mac, EVERYONE if chain == "no_dhcp" else victim.mac
+    bridge.reset()
+    try:
+        with hearing(victim, SNIFFER) as heard:
+            for mode in ("observe", "enforce"):
+                host.write_settings(INSTANCES_GUARD=mode)
+                Path(f"{host.base}.updated").touch()
+                bridge.settle()
+                host.run("nft", "flush set bridge instances instances_dropped; flush set bridge instances asked")
+                begin = len(heard())
+                for chain, frame in forged.items():
+                    before = senders(bridge).get(attacker.mac, 0)
+                    bridge.is_dropped(chain, attacker, frame)
+                    text = bytes(frame).hex()
+                    if mode == "observe":
+                        wait_for(lambda t=text, b=begin: t in heard()[b:], f"what {chain} counts")
+                    assert (senders(bridge).get(attacker.mac, 0) > before) == (chain != "no_dhcp"), chain
+                    assert (text in heard()[begin:]) == (mode == "observe"), chain
+                told = len(bridge.log())
+                attacker.send(*[bytes(forged["no_dhcp"])] * 30)
+                wait_for(lambda: host.counted("asking") >= 20, "requests over the limit")
+
+                def asked(told=told):
+                    return bridge.log()[told:].count(f"DHCPDISCOVER(br0) {attacker.mac}")
+
+                if mode == "observe":
+                    wait_for(lambda a=asked: a() == 30, "all of them")
+                else:
+                    bridge.renew()
+                    assert asked() <= 10
+    finally:
+        host.write_settings()
+
+
+def test_senders_of_what_was_dropped_are_still_named_when_the_registry_has_changed(bridge):
+    attacker, host = bridge.unregistered, bridge.host
+    bridge.reset()
+    bridge.is_dropped("instances_drop_ip", attacker, *[datagram(attacker, HOST4, bridge.own["ipv4"])] * 3)
+    before = senders(bridge)
+    assert before[attacker.mac] >= 3
+    host.update("--rename", bridge.registered.mac, "other")
+    bridge.settle()
+    assert host.counted("instances_drop_ip") == 0 and senders(bridge) == before
+
+
+def test_client_that_asks_all_for_a_lease_is_not_among_the_senders_of_what_was_dropped(bridge):
+    client = bridge.unregistered
+    bridge.reset()
+    frames = [
+        bootp(client, "discover"),
+        dhcp6(bridge, client, scapy.DHCP6_Solicit, duid=own_duid(client), addresses=[]),
+    ]
+    bridge.is_dropped("no_dhcp", client, *frames)
+    assert client.mac not in senders(bridge)
+
+
+def test_upgrade_from_the_guard_of_version_1_lets_nothing_through(bridge):
+    """By hand, with nft, as the package does it."""
+    attacker, host = bridge.registered, bridge.host
+    frames = [datagram(attacker, bridge.own["ipv4"], HOST4), datagram(attacker, bridge.addresses6[0], HOST6)]
+    bridge.reset(guard=False)
+    elements = [f"instances_ip {{ {bridge.own['ipv4']} . {bridge.victim.mac} }}"]
+    elements += [f"instances_ip6 {{ 0x{packed(a).hex()} . {bridge.victim.mac} }}" for a in bridge.addresses6]
+    old = (Path(__file__).parent / "golden" / "bridge-until-2.nft").read_text()
+    host.run("nft", "-f", "-", input=old + "".join(f"add element bridge instances {e}\n" for e in elements))
+    with hearing(host) as heard:
+        bridge.is_dropped("instances_drop_ip", attacker, frames[0] / "forged")
+        over, sent = threading.Event(), [0]
+
+        def flood():
+            while not over.is_set():
+                attacker.send(*[bytes(frame / "forged") for frame in frames])
+                sent[0] += 1
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            for _ in range(2):  # and again
+                before = sent[0]
+                wait_for(lambda b=before: sent[0] > b + 10, "frames")
+                host.run("nft", "-f", "-", input=bridge.text)
+            before = sent[0]
+            wait_for(lambda b=before: sent[0] > b + 10, "frames")
+        finally:
+            over.set()
+            thread.join()
+        assert "forged" not in heard()
+        assert "instances_asked" not in host.run("nft", "list", "ruleset").stdout
+        bridge.victim_is_well()
+        host.run("nft", "flush chain bridge instances at_input")
+        wait_for(
+            lambda: attacker.send(bytes(frames[0] / "forged")) or "forged" in heard(), "an effect without the guard"
+        )
