@@ -4,19 +4,30 @@ import contextlib
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from lab import HOST_MAC, UPDATE, Client, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
+igmp = pytest.importorskip("scapy.contrib.igmp")
 ATTACKERS = ["registered", "unregistered"]
 HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
 EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"
+LISTENER = """\
+import socket
+s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+s.bind(("::", 5000))
+print("listens", flush=True)
+while True:
+    print(s.recv(100).decode(), flush=True)
+"""
 SNIFFER = """\
 import socket
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
 s.bind(("eth0", 0))
+print("listens", flush=True)
 while True:
     print(s.recv(2000).hex(), flush=True)
 """
@@ -81,7 +92,7 @@ class Guarded:
         host.run("nft", "delete", "table", "bridge", "instances", check=False)
         Path(f"{host.base}.updated").touch()
         self.settle()
-        host.run("ip", "neighbour", "flush", "dev", "br0")
+        host.run("ip", "neighbour", "flush", "all")
         assert f"\n{option}\n" in self.config + "\n\n"
         config = host.folder / "now.conf"
         config.write_text(self.config.replace(f"\n{option}\n", "\n", 1).replace(str(UPDATE), str(script)))
@@ -114,6 +125,10 @@ class Guarded:
         """Check that the victim pings and renews its leases."""
         for address in (HOST4, HOST6, "fd83:5eed::1"):
             wait_for(lambda a=address: self.victim.pings(a), f"a ping of {address}")
+        self.renew()
+
+    def renew(self) -> None:
+        """Have the victim renew its leases."""
         renewals = self.victim.events().count("renew 10.83")
         self.lease4.send_signal(signal.SIGUSR1)
         wait_for(lambda: self.victim.events().count("renew 10.83") > renewals, "a renewal over IPv4")
@@ -192,3 +207,37 @@ def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
         / ip(src=source, dst=destination)
         / scapy.UDP(sport=sport, dport=dport)
     )
+
+
+def packed(address: str) -> bytes:
+    """Return an IPv6 address as bytes."""
+    return scapy.inet_pton(scapy.socket.AF_INET6, address)
+
+
+def gives_up(attacker, victim, address) -> bool:
+    """Have the victim detect duplicates of its address while the attacker does so; tell whether it gives it up."""
+    group = scapy.inet_ntop(scapy.socket.AF_INET6, scapy.in6_getnsma(packed(address)))
+    frame = scapy.Ether(src=attacker.mac, dst=scapy.in6_getnsmac(packed(address)))
+    frame /= scapy.IPv6(src="::", dst=group, hlim=255) / scapy.ICMPv6ND_NS(tgt=address)
+    victim.run("ip", "address", "flush", "dev", "eth0", "to", address)
+    victim.run("ip", "address", "add", f"{address}/128", "dev", "eth0")
+    attacker.send(*3 * [bytes(frame)])
+
+    def detected():
+        return victim.run("ip", "-6", "address", "show", "dev", "eth0", "to", address).stdout
+
+    wait_for(lambda: "dadfailed" in detected() or "tentative" not in detected(), "the end of the detection")
+    return "dadfailed" in detected()
+
+
+@contextlib.contextmanager
+def hearing(node, program=LISTENER):
+    """Have a node listen, on port 5000 unless to all frames; give a function that returns what came to it so far."""
+    path = node.folder / "heard"
+    with open(path, "w") as file:
+        process = node.start(sys.executable, "-c", program, stdout=file)
+        try:
+            wait_for(path.read_text, "a listener")
+            yield path.read_text
+        finally:
+            node.stop(process, signal.SIGKILL)

@@ -26,6 +26,7 @@ DHCP_RANGES = (
     "fd83:5eed::100,fd83:5eed::1ff,80",
 )
 DROPS = [{"goto": {"target": target}} for target in ("instances_drop", "instances_verdict")]
+HAS_BR_NETFILTER = Path("/proc/sys/net/bridge").exists()
 OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
 
@@ -185,7 +186,7 @@ class Client(Namespace):
 
     def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str):
         super().__init__(label)
-        self.host, self.label, self.mac, self.senders = host, label, mac, {}
+        self.host, self.label, self.mac, self.port, self.senders = host, label, mac, port, {}
         self.folder = host.folder / self.name
         self.folder.mkdir()
         self.script = self.folder / "client-script"
@@ -344,6 +345,11 @@ class Host(Namespace):
         with open(self.folder / "service.log", "w") as log:
             self.start("sh", "-c", service, f"{self.base}.updated", *self.applying(), stdout=log, stderr=log)
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
+
+    def br_netfilter(self, on: bool) -> None:
+        """Have this host's IP and ARP hooks see what its bridges forward, or not."""
+        for hooks in ("arptables", "iptables", "ip6tables") if HAS_BR_NETFILTER else ():
+            self.set(f"net/bridge/bridge-nf-call-{hooks}", str(int(on)))
 
     def example(self, name: str) -> Path:
         """Return a copy of an example's file with this host's paths."""

@@ -2,38 +2,31 @@
 
 Each attack is sent without the chains first, where its effect is seen, and then with them, where it is
 dropped and counted and has no effect: by a client with a lease of its own, and by one that is not registered.
+All that with the chains alone, and on a host whose br_netfilter takes what a bridge forwards to the hooks of IP and
+ARP, with bridge.nft that was loaded before the bridge was made, as after a boot.
 """
 
 import contextlib
 import re
 import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from attacks import ATTACKERS, EVERYONE, HOST_LLA, gives_up, hearing, packed, scapy
 from conftest import PROGRAMS, need
-from lab import CHAINS, Client, Host, wait_for
+from lab import CHAINS, HAS_BR_NETFILTER, Client, Host, wait_for
 
-scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
-HOST_LLA = "fe80::1266:6aff:fe4c:a1fe"
-ATTACKERS = ["registered", "unregistered"]
+BR_NETFILTER = pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")
 FAR = "2001:67c:99::1"  # an address beyond the router
-LISTENER = """\
-import socket
-s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-s.bind(("::", 5000))
-while True:
-    print(s.recv(100).decode(), flush=True)
-"""
 
 
 class Bridge:
     """A host whose bridge has a victim, a bystander, an attacker with a lease and one without."""
 
-    def __init__(self, host: Host):
-        self.host = host
+    def __init__(self, host: Host, rules: Path | None):
+        self.host, self.rules = host, rules
         host.set("net/ipv6/conf/all/forwarding", "1")
         host.update("--initialize", "br0", "host")
         host.start_dnsmasq()
@@ -54,9 +47,16 @@ class Bridge:
 
     def guard(self, on: bool) -> None:
         """Load the chains, or take them away."""
-        self.host.load_chains()
-        if not on:
-            self.host.run("nft", "delete", "table", "bridge", "instances")
+        if self.rules is None:
+            self.host.load_chains()
+            if not on:
+                self.host.run("nft", "delete", "table", "bridge", "instances")
+            return
+        self.host.run("nft", "-f", self.rules)
+        for name in ("instances_dropped", "asked") if on else ():
+            self.host.run("nft", "flush", "set", "bridge", "instances", name)
+        for hook in () if on else ("prerouting", "input", "forward"):  # the hooks stay, in the order that they came in
+            self.host.run("nft", "flush", "chain", "bridge", "instances", f"at_{hook}")
 
     def senders_dropped(self) -> str:
         """Return the set of MAC addresses of which something was dropped since the chains were loaded."""
@@ -75,12 +75,20 @@ class Bridge:
         assert effect is None or not effect()
 
 
-@pytest.fixture(scope="module")
-def bridge(tmp_path_factory):
+@pytest.fixture(scope="module", params=["chains", pytest.param("br_netfilter", marks=BR_NETFILTER)])
+def bridge(request, tmp_path_factory):
     need(*PROGRAMS)
-    host = Host(tmp_path_factory.mktemp("bridge"))
+    host, rules = Host(tmp_path_factory.mktemp("bridge"), bridge=False), None
     try:
-        yield Bridge(host)
+        if request.param == "br_netfilter":
+            Path(f"{host.base}.updated").touch()
+            host.process()
+            rules = host.example("nftables/bridge.nft")
+            host.run("nft", "-f", rules)
+            host.run("nft", "table inet other { chain c { type filter hook forward priority filter; counter; }; }")
+        host.make_bridge()
+        host.br_netfilter(rules is not None)
+        yield Bridge(host, rules)
     finally:
         host.close()
 
@@ -90,11 +98,6 @@ def addresses(node) -> dict[str, str]:
     if isinstance(node, Host):
         return {"10": "10.83.0.1", "2001": "2001:67c:83::1", "fe80": HOST_LLA}
     return {prefix: node.addresses(prefix)[0] for prefix in ("10", "2001", "fe80")}
-
-
-def packed(address: str) -> bytes:
-    """Return an IPv6 address as bytes."""
-    return scapy.inet_pton(scapy.socket.AF_INET6, address)
 
 
 def advertisement(attacker, target, stolen, header=None):
@@ -129,7 +132,6 @@ def router_solicitation(attacker, target, stolen):
     return ip / scapy.ICMPv6ND_RS() / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
 
 
-EVERYONE = "ff:ff:ff:ff:ff:ff"
 POISON = {  # what: (chain, beginning of the stolen address, packet)
     "ARP reply": ("arp", "10", lambda a, t, s: arp(a, t, s, 2, addresses(t)["10"], t.mac)),
     "ARP request": ("arp", "10", lambda a, t, s: arp(a, t, s, 1, addresses(t)["10"], EVERYONE)),
@@ -230,19 +232,16 @@ def test_datagram_from_a_forged_source_does_not_arrive(bridge, prefix, where, wh
     ip = scapy.IP if prefix == "10" else scapy.IPv6
     header = ip(src=addresses(bridge.victim)[prefix], dst=addresses(target)[prefix])
     frame = scapy.Ether(src=attacker.mac, dst=target.mac) / header / scapy.UDP(sport=5000, dport=5000)
-    with open(bridge.host.folder / "heard", "w+") as heard:
-        listener = target.start(sys.executable, "-c", LISTENER, stdout=heard)
-        path = Path(heard.name)
+    with hearing(target) as heard:
         bridge.guard(False)
-        wait_for(lambda: attacker.send(bytes(frame / b"open")) or "open" in path.read_text(), "a forged datagram")
+        wait_for(lambda: attacker.send(bytes(frame / b"open")) or "open" in heard(), "a forged datagram")
         bridge.guard(True)
         chain = "instances_drop_ip" if prefix == "10" else "instances_drop_ip6"
-        bridge.is_dropped(attacker, frame / b"guarded", lambda: "guarded" in path.read_text(), chain)
+        bridge.is_dropped(attacker, frame / b"guarded", lambda: "guarded" in heard(), chain)
         honest = frame / b"honest"
         honest.src = bridge.victim.mac
-        wait_for(lambda: bridge.victim.send(bytes(honest)) or "honest" in path.read_text(), "an honest datagram")
-        assert "guarded" not in path.read_text()
-        target.stop(listener)
+        wait_for(lambda: bridge.victim.send(bytes(honest)) or "honest" in heard(), "an honest datagram")
+        assert "guarded" not in heard()
 
 
 @contextlib.contextmanager
@@ -290,6 +289,8 @@ def test_rogue_server_gives_no_lease(bridge, who, ports):
         wait_for(lambda: "bound 10.83.0.21" in clients[0].events(), "a rogue IPv4 lease without the chains")
         wait_for(lambda: "BOUND6 2001:67c:83::3" in clients[0].events(), "a rogue IPv6 lease without the chains")
         bridge.guard(True)
+        if bridge.rules:  # or the server is never asked
+            host.take_out("no_dhcp")
         for start, reply in ((clients[1].start_dhcp4, "DHCPOFFER"), (clients[1].start_dhcp6, "DHCPADVERTISE")):
             told, before = log.read_text().count(reply), host.dropped(*chains)
             start()
@@ -400,7 +401,7 @@ def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_chains
     lease4 = client.dhcp4("late")
     lease6 = client.dhcp6("late")
     host.process()
-    host.load_chains()
+    bridge.guard(True)
     wait_for(lambda: client.resolve("late.v4.instance.internal", "A"), "the new name")
     wait_for(lambda: all(client.addresses(prefix) for prefix in ("10", "2001", "fd83", "fe80")), "its addresses")
     for node, other in ((client, bridge.victim), (bridge.victim, client)):
@@ -430,7 +431,7 @@ def test_client_with_ipv6_only_gets_leases_behind_the_chains(bridge):
     client = bridge.host.client("six", "10:66:6a:4c:a1:66")
     client.dhcp6("six")
     bridge.host.process()
-    bridge.host.load_chains()
+    bridge.guard(True)
     for address in ("2001:67c:83::1", addresses(bridge.victim)["2001"]):
         wait_for(lambda a=address: client.pings(a), f"a ping of {address}")
 
@@ -439,26 +440,12 @@ def test_client_with_ipv6_only_gets_leases_behind_the_chains(bridge):
 def test_false_claim_makes_nobody_give_an_address_up(bridge, who):
     attacker, victim = getattr(bridge, who), bridge.victim
     address = addresses(victim)["2001"]
-    ip = scapy.IPv6(src="::", dst=scapy.inet_ntop(scapy.socket.AF_INET6, scapy.in6_getnsma(packed(address))), hlim=255)
-    frame = scapy.Ether(src=attacker.mac, dst=scapy.in6_getnsmac(packed(address))) / ip / scapy.ICMPv6ND_NS(tgt=address)
-
-    def gives_up():
-        """Have the victim detect duplicates of its address, and tell what comes of it."""
-        victim.run("ip", "address", "flush", "dev", "eth0", "to", address)
-        victim.run("ip", "address", "add", f"{address}/128", "dev", "eth0")
-        attacker.send(*3 * [bytes(frame)])
-
-        def detected():
-            return victim.run("ip", "-6", "address", "show", "dev", "eth0", "to", address).stdout
-
-        wait_for(lambda: "dadfailed" in detected() or "tentative" not in detected(), "the end of the detection")
-        return "dadfailed" in detected()
 
     bridge.guard(False)
-    wait_for(gives_up, "a false claim that is believed")
+    wait_for(lambda: gives_up(attacker, victim, address), "a false claim that is believed")
     bridge.guard(True)
     before = bridge.host.dropped("instances_drop_ndp")
-    assert not gives_up()
+    assert not gives_up(attacker, victim, address)
     assert bridge.host.dropped("instances_drop_ndp") >= before + 3
 
 

@@ -19,7 +19,6 @@ from attacks import (
     HOST4,
     HOST6,
     HOST_MAC,
-    NODES,
     SERVERS,
     SNIFFER,
     bootp,
@@ -306,35 +305,6 @@ def test_relay_agents_address_is_answered_by_nothing(bridge, who):
     bridge.reset()
     bridge.is_dropped("instances_drop_dhcp", attacker, frame)
     assert "DHCPOFFER" not in bridge.log()
-
-
-def test_multicast_query_makes_the_bridge_send_solicitations_to_nobody(bridge):
-    """A bridge that hears a query that the guests do not hear sends multicast only to those who joined lately."""
-    attacker, host = bridge.unregistered, bridge.host
-    ip = scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1", hlim=1)
-    query = ip / scapy.IPv6ExtHdrHopByHop(options=[scapy.RouterAlert()]) / scapy.ICMPv6MLQuery(mrd=1)
-    frames = [scapy.Ether(src=attacker.mac, dst=NODES) / tag / query for tag in (scapy.Dot1Q(vlan=0),)]
-    frames.append(scapy.Ether(src=attacker.mac, dst=NODES) / query)
-
-    def reached():
-        host.run("ip", "neighbour", "flush", "dev", "br0")
-        return host.run("ping", "-c", "1", "-W", "2", bridge.addresses6[0], check=False).returncode == 0
-
-    for stopped in (True, False):
-        bridge.reset()
-        if not stopped:
-            host.run("nft", "flush chain bridge instances at_prerouting")
-        # All groups were joined longer ago than the bridge remembers, and nobody has queried
-        for state in ("0", "1"):
-            host.run("ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", state)
-        wait_for(reached, "the victim to be reached")
-        if stopped:
-            bridge.is_dropped("at_prerouting", attacker, frames[0])
-            bridge.is_dropped("queries", attacker, frames[1])
-            assert reached()
-        else:
-            wait_for(lambda: attacker.send(*map(bytes, frames)) or not reached(), "a victim that is not reached")
-    wait_for(reached, "the query to be forgotten")
 
 
 def test_listing_of_what_has_been_in_use_loads_again_and_lists_the_same(bridge):

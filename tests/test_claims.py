@@ -1,0 +1,457 @@
+"""Whose an address is that no lease tells of: a link-local one that its owner made otherwise than from its MAC address,
+one that is allowed, one whose registration was lost. And a guard that observes, that counts on, that is upgraded.
+"""
+
+import contextlib
+import re
+import threading
+from pathlib import Path
+
+import pytest
+from attacks import (
+    ATTACKERS,
+    EVERYONE,
+    HOST4,
+    HOST6,
+    NODES,
+    SNIFFER,
+    bootp,
+    datagram,
+    dhcp6,
+    gives_up,
+    hearing,
+    link_local,
+    own_duid,
+    packed,
+    scapy,
+)
+from lab import wait_for
+
+pytestmark = pytest.mark.slow
+CLAIMED, HOSTS_OWN = "fe80::8099:e2ff:5d8a:10", "fe80::8099:e2ff:5d8a:1"
+
+
+def advertised(attacker, target, destination=NODES):
+    """Return a neighbour advertisement of a target, from the sender's own address."""
+    ip = scapy.Ether(src=attacker.mac, dst=destination) / scapy.IPv6(
+        src=link_local(attacker.mac), dst="ff02::1", hlim=255
+    )
+    return ip / scapy.ICMPv6ND_NA(tgt=target, R=0, S=0, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+
+
+def solicited(attacker, source, node, target):
+    """Return a neighbour solicitation from a source, for an address of a node's."""
+    ip = scapy.Ether(src=attacker.mac, dst=node.mac) / scapy.IPv6(src=source, dst=target, hlim=255)
+    return ip / scapy.ICMPv6ND_NS(tgt=target) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
+
+
+def leased(bridge, attacker):
+    """Return a request for addresses of the sender's own, from the victim's link-local address."""
+    packet = dhcp6(bridge, attacker, scapy.DHCP6_Request, duid=own_duid(attacker), addresses=[])
+    packet[scapy.IPv6].src = CLAIMED
+    return packet
+
+
+@contextlib.contextmanager
+def claim(bridge):
+    """Have the victim use a link-local address of another form, which the host learns."""
+
+    def learnt():
+        bridge.host.run("ping", "-n", "-c", "1", "-W", "0.1", f"{CLAIMED}%br0", check=False)
+        return bridge.host.neighbour(CLAIMED) == bridge.victim.mac
+
+    try:
+        bridge.victim.run("ip", "address", "add", f"{CLAIMED}/64", "dev", "eth0", "nodad")
+        wait_for(learnt, "the victim's address")
+        yield bridge
+    finally:
+        bridge.victim.run("ip", "address", "flush", "dev", "eth0", "to", CLAIMED)
+
+
+@pytest.fixture
+def claimed(bridge):
+    bridge.reset()
+    with claim(bridge):
+        yield bridge
+
+
+FORGED = {  # what: (chain, frame)
+    "advertisement": ("instances_claim_target", lambda b, a: advertised(a, CLAIMED)),
+    "solicitation": ("instances_claim_source", lambda b, a: solicited(a, CLAIMED, b.host, HOST6)),
+    "DHCPv6": ("instances_claim_source", leased),
+}
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+@pytest.mark.parametrize("attack", FORGED)
+def test_link_local_address_is_its_first_sender_s(claimed, attack, who):
+    attacker, host, (chain, make) = getattr(claimed, who), claimed.host, FORGED[attack]
+    frame = make(claimed, attacker)
+
+    def harm():
+        return host.neighbour(CLAIMED) != claimed.victim.mac or claimed.harm(attacker)
+
+    claimed.is_dropped(chain, attacker, frame, rule="@instances_claimed counter")
+    assert not harm()
+    host.update("--rename", claimed.registered.mac, "other")  # and so it stays when the registry changes
+    claimed.settle()
+    host.update("--rename", claimed.registered.mac, "registered")
+    claimed.settle()
+    claimed.is_dropped(chain, attacker, frame, rule="@instances_claimed counter")
+    assert not harm()
+    with claimed.without(chain):
+        wait_for(lambda: attacker.send(bytes(frame)) or harm(), "an effect without the claim")
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_false_detection_of_a_duplicate_makes_nobody_give_up_a_link_local_address(claimed, who):
+    attacker, victim = getattr(claimed, who), claimed.victim
+    before = claimed.host.counted("instances_claim_target", "@instances_claimed counter")
+    assert not gives_up(attacker, victim, CLAIMED)
+    assert claimed.host.counted("instances_claim_target", "@instances_claimed counter") >= before + 3
+    with claimed.without("instances_claim_target"):
+        wait_for(lambda: gives_up(attacker, victim, CLAIMED), "a false claim that is believed")
+
+
+HOSTS = {
+    "advertisement": ("instances_claim_target", lambda b, a: advertised(a, HOSTS_OWN)),
+    "solicitation": (
+        "instances_claim_source",
+        lambda b, a: solicited(a, HOSTS_OWN, b.victim, b.addresses6[0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+@pytest.mark.parametrize("attack", HOSTS)
+def test_link_local_address_of_the_host_cannot_be_claimed(bridge, attack, who):
+    attacker, victim, host, (chain, make) = getattr(bridge, who), bridge.victim, bridge.host, HOSTS[attack]
+    frame = make(bridge, attacker)
+    bridge.reset()
+    host.run("ip", "address", "delete", f"{link_local(host.mac)}/64", "dev", "br0")
+    try:
+        host.run("ip", "address", "add", f"{HOSTS_OWN}/64", "dev", "br0", "nodad")
+        host.update("--initialize", "br0", "host")
+        bridge.settle()
+        assert host.registry()[host.mac]["ipv6_lla"] == HOSTS_OWN
+        victim.run("ip", "neighbour", "flush", "dev", "eth0")
+        wait_for(lambda: victim.pings(f"{HOSTS_OWN}%eth0"), "the host's address")
+        bridge.is_dropped(chain, attacker, frame, rule="@instances_reserved counter")
+        assert victim.neighbour(HOSTS_OWN) == host.mac
+        with bridge.without(chain, "@instances_reserved counter"):
+            wait_for(lambda: attacker.send(bytes(frame)) or victim.neighbour(HOSTS_OWN) == attacker.mac, "an effect")
+    finally:
+        host.run("ip", "address", "flush", "dev", "br0", "to", HOSTS_OWN)
+        host.run("ip", "address", "add", f"{link_local(host.mac)}/64", "dev", "br0", "nodad")
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_guest_that_claims_without_end_keeps_nobody_out(bridge, who):
+    attacker, host = getattr(bridge, who), bridge.host
+    frames = [advertised(attacker, f"fe80::8099:e2ff:1:{number:x}") for number in range(200)]
+
+    def claims():
+        return len(
+            re.findall(attacker.mac, host.run("nft", "list", "set", "bridge", "instances", "instances_claims").stdout)
+        )
+
+    bridge.reset()
+    with bridge.without("instances_claim_target", "@instances_claiming"):
+        attacker.send(*map(bytes, frames))
+        wait_for(lambda: claims() == 200, "a set that grows")
+    bridge.reset()
+    bridge.is_dropped("instances_claim_target", attacker, *frames[11:], rule="@instances_claiming")
+    assert claims() <= 11  # 10 at once and 10 an hour
+    with claim(bridge):
+        pass
+
+
+@pytest.fixture(scope="module")
+def outside(bridge):
+    """A node that is reached through the host, by another of its interfaces."""
+    node = bridge.host.client("outside", "10:66:6a:4c:a1:99", port="out", bridge="")
+    node.run("ip", "address", "add", "10.84.0.2/24", "dev", "eth0")
+    bridge.host.run("ip", "address", "add", "10.84.0.1/24", "dev", "out")
+    return node
+
+
+def renewal(attacker, kind, source, destination, mac, chaddr=""):
+    """Return a client's message from an address that it says to have, to one."""
+    wanted = [("requested_addr", source)] if kind == "decline" else []
+    frame = bootp(attacker, kind, ("server_id", HOST4), *wanted, chaddr=chaddr, ciaddr=source)
+    frame.dst, frame[scapy.IP].src, frame[scapy.IP].dst = mac, source, destination
+    return frame
+
+
+WAYS = {  # to whom: (to which address, by whose MAC address, what drops it)
+    "another guest": ("guest", "guest", "instances_drop_ip"),
+    "another guest by all": ("guest", "all", "instances_drop_ip"),
+    "another guest by the host": ("guest", "host", "instances_drop_ip"),
+    "elsewhere": ("outside", "host", "instances_drop_ip"),
+}
+
+
+@pytest.mark.parametrize("name", ["own", "other"])
+@pytest.mark.parametrize("way", WAYS)
+def test_renewal_from_another_s_address_goes_nowhere_but_to_the_host(bridge, outside, way, name):
+    attacker, host, (whom, by, chain) = bridge.unregistered, bridge.host, WAYS[way]
+    target = {"guest": bridge.registered, "outside": outside}[whom]
+    address = bridge.registry[target.mac]["ipv4"] if whom == "guest" else "10.84.0.2"
+    mac = {"guest": target.mac, "all": EVERYONE, "host": host.mac}[by]
+    chaddr = bridge.victim.mac if name == "other" else ""
+    frame = renewal(attacker, "request", bridge.own["ipv4"], address, mac, chaddr)
+    if name == "other" and by != "guest":
+        chain = "instances_drop_dhcp"
+    bridge.reset()
+    with hearing(target, SNIFFER) as heard:
+        bridge.is_dropped(chain, attacker, frame)
+        assert attacker.mac not in bridge.host.neighbour(bridge.own["ipv4"])
+        text = bytes(frame[scapy.UDP].payload).hex()[:200]
+        assert text not in heard()
+        host.run(
+            "ip", "neighbour", "replace", address, "lladdr", target.mac, "dev", "out" if whom == "outside" else "br0"
+        )
+        host.run("nft", "insert rule bridge instances renewal accept; insert rule bridge instances at_forward accept")
+        wait_for(lambda: attacker.send(bytes(frame)) or text in heard(), "its arrival without the rules")
+
+
+@pytest.mark.parametrize("kind", ["request", "inform", "decline", "release"])
+def test_message_of_one_s_own_from_another_s_address_does_the_other_no_harm(bridge, kind):
+    attacker, host = bridge.unregistered, bridge.host
+    bridge.reset()
+    message = (attacker, kind, bridge.own["ipv4"], HOST4, host.mac)
+    attacker.send(bytes(renewal(*message)))
+    wait_for(lambda: f"DHCP{kind.upper()}(br0)" in bridge.log(), "it to be heard")
+    assert not bridge.harm(attacker)
+    bridge.is_dropped("instances_drop_dhcp", attacker, renewal(*message, chaddr=bridge.victim.mac))
+    assert not bridge.harm(attacker)
+
+
+def lose_registry(bridge):
+    Path(f"{bridge.host.base}.json").unlink(missing_ok=True)
+    Path(f"{bridge.host.base}.updated").touch()
+
+
+def remove(bridge):
+    bridge.host.update("--remove", bridge.victim.mac)
+
+
+LOST = {"the registry is lost": lose_registry, "it was removed": remove}
+
+
+@pytest.mark.parametrize("cold", [False, True])
+@pytest.mark.parametrize("how", LOST)
+def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge, how, cold):
+    bridge.reset()
+
+    def cut_off():  # for good: dnsmasq has just started, and tells all leases
+        LOST[how](bridge)
+        bridge.settle()
+        return not bridge.victim.pings(HOST4) and bridge.victim.mac not in bridge.host.registry()
+
+    wait_for(cut_off, "a guest that is cut off")
+    if cold:
+        bridge.victim.run("ip", "neighbour", "flush", "dev", "eth0")
+    bridge.renew()
+    known = {address for field, address in bridge.own.items()}
+    wait_for(lambda: known <= {*bridge.host.registry()[bridge.victim.mac].values()}, "its entry")
+    bridge.victim_is_well()
+
+
+SHARED, SHARED6, ROUTED, ROUTED6 = "10.83.0.50", "2001:67c:83::50", "10.99.0.7", "2001:67c:99::7"
+
+
+@pytest.fixture
+def allowed(bridge):
+    """Two guests share an address of each version, and the first of them routes a network of each."""
+    bridge.reset()
+    host = bridge.host
+    host.update("--allow", bridge.victim.mac, SHARED, SHARED6, "10.99.0.0/24", "2001:67c:99::/64")
+    host.update("--allow", bridge.registered.mac, SHARED, SHARED6)
+    host.run("ip", "-6", "route", "replace", "2001:67c:99::/64", "dev", "br0")
+    host.run("ip", "route", "replace", "10.99.0.0/24", "dev", "br0")
+    bridge.settle()
+    return bridge
+
+
+# From which address: (to which, the chain, whose it is)
+SOURCES = {
+    SHARED: (HOST4, "instances_drop_ip", ["victim", "registered"]),
+    SHARED6: (HOST6, "instances_drop_ip6", ["victim", "registered"]),
+    ROUTED: (HOST4, "instances_drop_ip", ["victim"]),
+    ROUTED6: (HOST6, "instances_drop_ip6", ["victim"]),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_allowed_address_is_a_source_for_those_who_are_allowed_only(allowed, source):
+    destination, chain, owners = SOURCES[source]
+    others = [who for who in ATTACKERS if who not in owners]
+
+    def sent(who, text):
+        guest = getattr(allowed, who)
+        return scapy.Ether(bytes(datagram(guest, source, destination) / text))
+
+    with hearing(allowed.host) as heard:
+        for who in owners:
+            getattr(allowed, who).send(bytes(sent(who, f"of the {who}")))
+            wait_for(lambda w=who: f"of the {w}" in heard(), f"a datagram of the {who}")
+        for who in others:
+            allowed.is_dropped(chain, getattr(allowed, who), sent(who, "forged"))
+            assert "forged" not in heard()
+        with allowed.without(chain):
+            for who in others:
+                getattr(allowed, who).send(bytes(sent(who, f"forged by {who}")))
+                wait_for(lambda w=who: f"forged by {w}" in heard(), f"a datagram of {who} without the chain")
+
+
+def announced(sender, address, host):
+    """Return an ARP request, or a neighbour advertisement, that says that the sender has an address."""
+    if ":" in address:
+        return advertised(sender, address)
+    return scapy.Ether(src=sender.mac, dst=host.mac) / scapy.ARP(hwsrc=sender.mac, psrc=address, pdst=HOST4)
+
+
+# Of which address: (the chain, who may say that he has it)
+ANNOUNCED = {
+    SHARED: ("instances_drop_arp", ["victim", "registered"]),
+    SHARED6: ("instances_drop_ndp", ["victim", "registered"]),
+    ROUTED: ("instances_drop_arp", []),
+    ROUTED6: ("instances_drop_ndp", []),
+}
+
+
+@pytest.mark.parametrize("address", ANNOUNCED)
+def test_allowed_address_is_announced_by_those_who_are_allowed_only_and_a_network_s_by_nobody(allowed, address):
+    host, (chain, owners) = allowed.host, ANNOUNCED[address]
+
+    def believed(guest):
+        host.run("ping", "-n", "-c", "1", "-W", "0.1", address, check=False)  # a host asks before it believes
+        guest.send(bytes(announced(guest, address, host)))
+        return host.neighbour(address) == guest.mac
+
+    others = [who for who in ("victim", *ATTACKERS) if who not in owners]
+    for who in owners:
+        wait_for(lambda w=who: believed(getattr(allowed, w)), f"the host to believe the {who}")
+    for who in others:
+        host.run("ip", "neighbour", "flush", "to", address)
+        allowed.is_dropped(chain, getattr(allowed, who), announced(getattr(allowed, who), address, host))
+        assert not believed(getattr(allowed, who))
+    with allowed.without(chain):
+        for who in others:
+            wait_for(lambda w=who: believed(getattr(allowed, w)), f"the host to believe {who} without the chain")
+
+
+def senders(bridge):
+    """Return how much was dropped of each sender."""
+    listing = bridge.host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+    return {mac: int(count) for mac, count in re.findall(r"((?:\w\w:){5}\w\w) counter packets (\d+)", listing)}
+
+
+def test_guard_that_observes_lets_pass_what_it_counts_and_names(bridge):
+    attacker, host, victim = bridge.registered, bridge.host, bridge.victim
+    own = bridge.registry[attacker.mac]
+    forged = {  # chain: frame
+        "instances_drop_ip": datagram(attacker, bridge.own["ipv4"], bridge.own["ipv4"]),
+        "instances_drop_ip6": datagram(attacker, bridge.addresses6[0], bridge.addresses6[0]),
+        "instances_drop_arp": scapy.ARP(hwsrc=attacker.mac, psrc=HOST4, pdst=bridge.own["ipv4"]),
+        "instances_drop_ndp": advertised(attacker, HOST6),
+        "instances_drop_rogue": datagram(attacker, own["ipv4"], bridge.own["ipv4"], 67, 68),
+        "guard": scapy.Ether(type=0x8035) / scapy.ARP(op=4, psrc=bridge.own["ipv4"]),
+        "no_dhcp": bootp(attacker, "discover"),
+    }
+    for chain, frame in forged.items():
+        forged[chain] = scapy.Ether(bytes(frame if scapy.Ether in frame else scapy.Ether() / frame))
+        forged[chain].src, forged[chain].dst = attacker.mac, EVERYONE if chain == "no_dhcp" else victim.mac
+    bridge.reset()
+    try:
+        with hearing(victim, SNIFFER) as heard:
+            for mode in ("observe", "enforce"):
+                host.write_settings(INSTANCES_GUARD=mode)
+                Path(f"{host.base}.updated").touch()
+                bridge.settle()
+                host.run("nft", "flush set bridge instances instances_dropped; flush set bridge instances asked")
+                begin = len(heard())
+                for chain, frame in forged.items():
+                    before = senders(bridge).get(attacker.mac, 0)
+                    bridge.is_dropped(chain, attacker, frame)
+                    text = bytes(frame).hex()
+                    if mode == "observe":
+                        wait_for(lambda t=text, b=begin: t in heard()[b:], f"what {chain} counts")
+                    assert (senders(bridge).get(attacker.mac, 0) > before) == (chain != "no_dhcp"), chain
+                    assert (text in heard()[begin:]) == (mode == "observe"), chain
+                told = len(bridge.log())
+                attacker.send(*[bytes(forged["no_dhcp"])] * 30)
+                wait_for(lambda: host.counted("asking") >= 20, "requests over the limit")
+
+                def asked(told=told):
+                    return bridge.log()[told:].count(f"DHCPDISCOVER(br0) {attacker.mac}")
+
+                if mode == "observe":
+                    wait_for(lambda a=asked: a() == 30, "all of them")
+                else:
+                    bridge.renew()
+                    assert asked() <= 10
+    finally:
+        host.write_settings()
+
+
+def test_senders_of_what_was_dropped_are_still_named_when_the_registry_has_changed(bridge):
+    attacker, host = bridge.unregistered, bridge.host
+    bridge.reset()
+    bridge.is_dropped("instances_drop_ip", attacker, *[datagram(attacker, HOST4, bridge.own["ipv4"])] * 3)
+    before = senders(bridge)
+    assert before[attacker.mac] >= 3
+    host.update("--rename", bridge.registered.mac, "other")
+    bridge.settle()
+    assert host.counted("instances_drop_ip") == 0 and senders(bridge) == before
+
+
+def test_client_that_asks_all_for_a_lease_is_not_among_the_senders_of_what_was_dropped(bridge):
+    client = bridge.unregistered
+    bridge.reset()
+    frames = [
+        bootp(client, "discover"),
+        dhcp6(bridge, client, scapy.DHCP6_Solicit, duid=own_duid(client), addresses=[]),
+    ]
+    bridge.is_dropped("no_dhcp", client, *frames)
+    assert client.mac not in senders(bridge)
+
+
+def test_upgrade_from_the_guard_of_version_1_lets_nothing_through(bridge):
+    """By hand, with nft, as the package does it."""
+    attacker, host = bridge.registered, bridge.host
+    frames = [datagram(attacker, bridge.own["ipv4"], HOST4), datagram(attacker, bridge.addresses6[0], HOST6)]
+    bridge.reset(guard=False)
+    elements = [f"instances_ip {{ {bridge.own['ipv4']} . {bridge.victim.mac} }}"]
+    elements += [f"instances_ip6 {{ 0x{packed(a).hex()} . {bridge.victim.mac} }}" for a in bridge.addresses6]
+    old = (Path(__file__).parent / "golden" / "bridge-until-2.nft").read_text()
+    host.run("nft", "-f", "-", input=old + "".join(f"add element bridge instances {e}\n" for e in elements))
+    with hearing(host) as heard:
+        bridge.is_dropped("instances_drop_ip", attacker, frames[0] / "forged")
+        over, sent = threading.Event(), [0]
+
+        def flood():
+            while not over.is_set():
+                attacker.send(*[bytes(frame / "forged") for frame in frames])
+                sent[0] += 1
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        try:
+            for _ in range(2):  # and again
+                before = sent[0]
+                wait_for(lambda b=before: sent[0] > b + 10, "frames")
+                host.run("nft", "-f", "-", input=bridge.text)
+            before = sent[0]
+            wait_for(lambda b=before: sent[0] > b + 10, "frames")
+        finally:
+            over.set()
+            thread.join()
+        assert "forged" not in heard()
+        assert "instances_asked" not in host.run("nft", "list", "ruleset").stdout
+        bridge.victim_is_well()
+        host.run("nft", "flush chain bridge instances at_input")
+        wait_for(
+            lambda: attacker.send(bytes(frames[0] / "forged")) or "forged" in heard(), "an effect without the guard"
+        )

@@ -1,0 +1,316 @@
+"""Frames that no system sends by itself, and what they do where the rule against them is taken out of the guard.
+
+br_netfilter straightens frames before the guard sees them, so it is off here, but for those that get past it, too.
+"""
+
+import contextlib
+import random
+import subprocess
+import sys
+
+import pytest
+from attacks import (
+    EVERYONE,
+    HOST4,
+    HOST6,
+    NODES,
+    SNIFFER,
+    bootp,
+    datagram,
+    dhcp6,
+    hearing,
+    igmp,
+    link_local,
+    octets,
+    own_duid,
+    scapy,
+)
+from lab import CHAINS, HAS_BR_NETFILTER, wait_for
+
+pytestmark = pytest.mark.slow
+LLDP = "01:80:c2:00:00:0e"  # a group address that no bridge forwards
+GROUP4 = "239.83.0.1"
+BR_NETFILTER = [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter"))]
+
+
+@pytest.fixture(autouse=True)
+def straight(bridge):
+    """Have each test begin without br_netfilter and with the whole guard."""
+    bridge.host.br_netfilter(False)
+    bridge.reset()
+
+
+def split(packet, length, trailer=b""):
+    """Return a packet in two fragments, the first of that length, with a trailer that is no part of it."""
+    ether, ip, number = packet.copy(), packet.payload, random.randrange(65536)
+    ether.remove_payload()
+    if isinstance(ip, scapy.IP):
+        body = bytes(ip)[20:]
+        header = {"src": ip.src, "dst": ip.dst, "proto": ip.proto or 17, "id": number}
+        first = scapy.IP(flags="MF", len=20 + length, **header) / scapy.Raw(body[:length] + trailer)
+        return ether / first, ether / scapy.IP(frag=length // 8, **header) / scapy.Raw(body[length:])
+    built = scapy.IPv6(bytes(ip))
+    body = bytes(built)[40:]
+    header = {"src": ip.src, "dst": ip.dst, "hlim": 64, "fl": ip.fl}
+    fragment = {"nh": built.nh, "id": number}
+    first = scapy.IPv6(plen=8 + length, **header) / scapy.IPv6ExtHdrFragment(m=1, **fragment)
+    second = scapy.IPv6(**header) / scapy.IPv6ExtHdrFragment(offset=length // 8, **fragment)
+    return ether / first / scapy.Raw(body[:length] + trailer), ether / second / scapy.Raw(body[length:])
+
+
+@pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
+@pytest.mark.parametrize("kind", ["datagram", "ARP"])
+def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind, br_netfilter):
+    attacker, host, forged = bridge.unregistered, bridge.host, bridge.own["ipv4"]
+    host.br_netfilter(br_netfilter)
+    chain = "arp instances_group input" if kind == "ARP" else "inet instances_group prerouting"
+    frame = datagram(attacker, forged, HOST4) / b"forged"
+    if kind == "ARP":
+        frame = scapy.Ether(src=attacker.mac) / scapy.ARP(hwsrc=attacker.mac, psrc=forged, pdst=HOST4)
+    frame.dst = LLDP
+    host.run("ip", "neighbour", "flush", "dev", attacker.port)
+    with hearing(host) as heard:
+
+        def arrived():
+            learnt = host.run("ip", "neighbour", "show", "dev", attacker.port).stdout
+            return f"{forged} lladdr {attacker.mac}" in learnt or "forged" in heard()
+
+        bridge.is_dropped(chain, attacker, frame)
+        assert not arrived()
+        with bridge.without(chain):
+            wait_for(lambda: attacker.send(bytes(frame)) or arrived(), "an effect without the rule")
+
+
+@pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
+def test_solicitation_to_a_group_of_the_link_makes_nobody_another(bridge, br_netfilter):
+    """dnsmasq takes the MAC address of an IPv6 client from any of the host's neighbour caches."""
+    attacker, host = bridge.unregistered, bridge.host
+    host.br_netfilter(br_netfilter)
+    port = host.run("sh", "-c", f"ip -6 -o address show dev {attacker.port} scope link").stdout.split()[3].split("/")[0]
+    ip = scapy.Ether(src=attacker.mac, dst=LLDP) / scapy.IPv6(src=link_local(attacker.mac), dst=port, hlim=255)
+    frame = ip / scapy.ICMPv6ND_NS(tgt=port) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=bridge.victim.mac)
+    lease = bytes(dhcp6(bridge, attacker, scapy.DHCP6_Request, duid=own_duid(attacker), addresses=[]))
+    bridge.is_dropped("inet instances_group prerouting", attacker, frame)
+    assert not bridge.harm(attacker)
+    with bridge.without("inet instances_group prerouting"):
+        attacker.send(bytes(frame), lease)
+        wait_for(lambda: host.registry()[bridge.victim.mac] != bridge.registry[bridge.victim.mac], "the victim's lease")
+
+
+def test_advertisement_in_two_pieces_of_memory_is_not_believed(bridge):
+    attacker, host, stolen = bridge.registered, bridge.host, bridge.addresses6[0]
+    ip = scapy.Ether(src=attacker.mac, dst=host.mac) / scapy.IPv6(src=link_local(attacker.mac), dst=HOST6, hlim=255)
+    frame = ip / scapy.ICMPv6ND_NA(tgt=stolen, R=0, S=1, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+
+    def learn():
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        wait_for(lambda: host.run("ping", "-c", "1", "-W", "1", stolen, check=False).returncode == 0, "a ping")
+
+    learn()
+    with bridge.without("before"):
+        bridge.is_dropped("instances_drop_ndp", attacker, frame)  # in one piece
+        assert host.neighbour(stolen) == bridge.victim.mac
+        poisoned = "the victim's address to be the attacker's"
+        wait_for(lambda: attacker.send(bytes(frame), ring=True) or host.neighbour(stolen) == attacker.mac, poisoned)
+    learn()
+    bridge.is_dropped("instances_drop_ndp", attacker, frame, ring=True)
+    assert host.neighbour(stolen) == bridge.victim.mac
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_release_in_fragments_with_another_message_behind_the_first_ends_no_lease(bridge, version):
+    attacker = bridge.registered
+    if version == 4:
+        frame = bootp(attacker, "release", ("server_id", HOST4), chaddr=bridge.victim.mac, ciaddr=bridge.own["ipv4"])
+        frame[scapy.IP].src, frame[scapy.IP].dst, frame.dst = bridge.registry[attacker.mac]["ipv4"], HOST4, EVERYONE
+        frames = split(frame, 32, bytes(4) + octets(attacker.mac) + bytes(10))
+    else:
+        frames = split(dhcp6(bridge, attacker, scapy.DHCP6_Release), 8, b"\1\0\0\7")
+    rule = "ip frag-off & 16383 != 0" if version == 4 else "exthdr frag exists counter"
+    before = bridge.host.counted("instances_drop_dhcp", rule)
+    attacker.send(*map(bytes, frames))
+    wait_for(lambda: bridge.host.counted("instances_drop_dhcp", rule) > before, "the drop of the first")
+    assert not bridge.harm(attacker)
+    with bridge.without("instances_drop_dhcp", rule):
+        wait_for(lambda: attacker.send(*map(bytes, frames)) or bridge.harm(attacker), "the end of the victim's lease")
+
+
+@contextlib.contextmanager
+def joining(bridge, start):
+    """Have a new guest ask for a lease that the host's server does not give; yield it, and a function that returns its
+    last message."""
+    host = bridge.host
+    host.stop_dnsmasq()
+    client = host.client(f"new{len(host.clients)}", f"10:66:6a:4c:b0:0{len(host.clients)}")
+    path = client.folder / "sent"
+    with open(path, "w") as file:
+        client.start(sys.executable, "-c", SNIFFER, stdout=file)
+    start(client)
+
+    def last():
+        own = [line for line in path.read_text().split("\n")[:-1] if line[12:24] == octets(client.mac).hex()]
+        frames = [scapy.Ether(bytes.fromhex(line)) for line in own]
+        return [f for f in frames if scapy.UDP in f and f.dport in (67, 547)][-1:]
+
+    try:
+        yield client, lambda: wait_for(last, "a message of the client's")[0]
+    finally:
+        client.close()
+        host.clients.remove(client)
+
+
+def replies6(attacker, asked, address):
+    """Return a server's answers to a DHCPv6 message."""
+    mine = scapy.Ether(src=attacker.mac, dst=asked.src) / scapy.IPv6(
+        src=link_local(attacker.mac), dst=asked[scapy.IPv6].src
+    )
+    lease = [scapy.DHCP6OptIAAddress(addr=address, preflft=99, validlft=99)]
+    options = scapy.DHCP6OptServerId(duid=scapy.Raw(own_duid(attacker))) / scapy.DHCP6OptPref(prefval=255)
+    options /= scapy.DHCP6OptClientId(duid=asked[scapy.DHCP6OptClientId].duid)
+    options /= scapy.DHCP6OptIA_NA(iaid=asked[scapy.DHCP6OptIA_NA].iaid, ianaopts=lease)
+    kind = scapy.DHCP6_Advertise if scapy.DHCP6_Solicit in asked else scapy.DHCP6_Reply
+    datagram = scapy.UDP(sport=547, dport=546) / kind(trid=asked[scapy.UDP].payload.trid) / options
+    return mine, datagram
+
+
+@pytest.mark.parametrize("disguise", ["UDP", "TCP"])
+def test_reply_behind_options_in_fragments_gives_no_lease(bridge, disguise):
+    """The first fragment ends between two extension headers, and a trailer says that what follows is something else."""
+    attacker, host, address = bridge.registered, bridge.host, "2001:67c:83::bad"
+    upper = scapy.UDP(sport=5000, dport=5000) if disguise == "UDP" else scapy.TCP()
+    trailer = bytes(scapy.IPv6ExtHdrDestOpt() / upper)
+    rule = "exthdr frag exists frag nexthdr"
+    with joining(bridge, lambda client: client.start_dhcp6()) as (client, last):
+
+        def answer():
+            ip, datagram = replies6(attacker, last(), address)
+            options = scapy.IPv6ExtHdrDestOpt(nh=60) / scapy.IPv6ExtHdrDestOpt(nh=17)
+            attacker.send(*map(bytes, split(ip / options / datagram, 8, trailer)))
+
+        def counted():
+            return host.counted("instances_drop_rogue", rule)
+
+        before = counted()
+        for _ in range(3):
+            answer()
+        wait_for(lambda: counted() >= before + 3, "drops")
+        assert "BOUND6" not in client.events()
+        with bridge.without("instances_drop_rogue", rule):
+            wait_for(lambda: answer() or f"BOUND6 {address}" in client.events(), "the attacker's lease")
+
+
+def test_reply_in_ipv4_that_nftables_cannot_parse_gives_no_lease(bridge):
+    """dhclient reads raw frames, and does not ask for the version."""
+    attacker, host, address = bridge.registered, bridge.host, "10.83.0.222"
+
+    def start(client):
+        files = ["-cf", "/dev/null", "-lf", client.folder / "leases4", "-pf", client.folder / "pid4"]
+        client.start("dhclient", "-4", "-d", *files, "-sf", client.script, "eth0", stderr=subprocess.DEVNULL)
+
+    with joining(bridge, start) as (client, last):
+
+        def answer():
+            asked = last()
+            ip = scapy.Ether(src=attacker.mac, dst=client.mac)
+            ip /= scapy.IP(version=5, src=bridge.registry[attacker.mac]["ipv4"], dst=address)
+            message = scapy.BOOTP(op=2, xid=asked.xid, yiaddr=address, chaddr=octets(client.mac)) / scapy.DHCP()
+            lease = [("server_id", ip[scapy.IP].src), ("lease_time", 99), ("subnet_mask", "255.255.255.0"), "end"]
+            frames = []
+            for kind in ("offer", "ack"):
+                message[scapy.DHCP].options = [("message-type", kind), *lease]
+                frames.append(bytes(ip / scapy.UDP(sport=67, dport=68) / message))
+            attacker.send(*frames)
+
+        def leased():
+            leases = client.folder / "leases4"
+            return leases.exists() and f"fixed-address {address};" in leases.read_text()
+
+        rule = "ether type { ip, ip6 } counter"
+        before = host.counted("instances_drop_rogue", rule)
+        answer()
+        wait_for(lambda: host.counted("instances_drop_rogue", rule) >= before + 2, "drops")
+        assert not leased()
+        with bridge.without("instances_drop_rogue", rule):
+            wait_for(lambda: answer() or leased(), "the attacker's lease")
+
+
+def query(attacker, kind):
+    """Return a multicast query."""
+    ether = scapy.Ether(src=attacker.mac, dst=NODES)
+    ip = scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1", hlim=1)
+    options, message = scapy.IPv6ExtHdrHopByHop(options=[scapy.RouterAlert()]), scapy.ICMPv6MLQuery(mrd=1)
+    if kind == "behind a VLAN tag":
+        return ether / scapy.Dot1Q(vlan=0) / ip / options / message
+    if kind == "behind an Authentication Header":
+        return ether / ip / options / scapy.AH(nh=58, payloadlen=2, icv=bytes(4)) / message
+    if kind == "IPv6":
+        return ether / ip / options / message
+    ip = scapy.IP(src="10.83.0.66", dst="224.0.0.1", ttl=1, proto=2, frag=100 if "fragment" in kind else 0)
+    return scapy.Ether(src=attacker.mac, dst="01:00:5e:00:00:01") / ip / igmp.IGMP(type=0x11, mrcode=1)
+
+
+QUERIES = {  # what: (the version of what it cuts off, chain, its rule)
+    "IPv6": (6, "queries", "mld-listener-query"),
+    "behind a VLAN tag": (6, "at_prerouting", "8021q"),
+    "behind an Authentication Header": (6, "queries", "ah counter"),
+    "IPv4": (4, "queries", "membership-query"),
+    "IPv4 in a later fragment": (4, "queries", "ip frag-off"),  # and in two pieces of memory, or its type is read
+}
+
+
+@pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
+@pytest.mark.parametrize("kind", QUERIES)
+def test_multicast_query_makes_the_bridge_send_multicast_to_nobody(bridge, kind, br_netfilter):
+    """A bridge that hears a query that the guests do not hear sends multicast, so also neighbour solicitations, only to
+    those who joined lately."""
+    attacker, host, (version, chain, rule) = bridge.unregistered, bridge.host, QUERIES[kind]
+    host.br_netfilter(br_netfilter)
+    frame = query(attacker, kind)
+    bridge.victim.set("net/ipv4/icmp_echo_ignore_broadcasts", "0")
+    bridge.victim.run("ip", "address", "replace", f"{GROUP4}/32", "dev", "eth0", "autojoin")
+
+    def reached():
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        address = bridge.addresses6[0] if version == 6 else GROUP4
+        return host.run("ping", "-c", "1", "-W", "1", "-I", "br0", address, check=False).returncode == 0
+
+    # All groups were joined longer ago than the bridge remembers, and nobody has queried
+    for state in ("0", "1"):
+        host.run("ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", state)
+    wait_for(reached, "the victim to be reached")
+    ring = "fragment" in kind
+    bridge.is_dropped(chain, attacker, frame, rule=rule, ring=ring)
+    assert reached()
+    with bridge.without(chain, rule):
+        wait_for(lambda: attacker.send(bytes(frame), ring=ring) or not reached(), "a victim that is not reached")
+    wait_for(reached, "the query to be forgotten")
+
+
+LATER = {  # what nftables takes for a later fragment's destination port, and the chains that must not look at it
+    67: ("instances_drop_dhcp", "no_dhcp"),
+    547: ("instances_drop_dhcp", "no_dhcp"),
+    68: ("instances_drop_rogue",),
+    546: ("instances_drop_rogue",),
+}
+RULES = {4: "ip frag-off & 8191 != 0", 6: "exthdr frag exists frag frag-off != 0"}
+
+
+@pytest.mark.parametrize("version", RULES)
+def test_later_fragment_that_looks_like_dhcp_arrives(bridge, version):
+    """Of IPv4, nftables reads ports out of the fragment's data; of IPv6, out of the flow label."""
+    attacker, host, rule = bridge.registered, bridge.host, RULES[version]
+    kind = "ipv4" if version == 4 else "ipv6_gua"
+    with hearing(bridge.victim) as heard:
+        for port, chains in LATER.items():
+            packet = datagram(attacker, bridge.registry[attacker.mac][kind], bridge.own[kind])
+            packet /= bytes(16) + port.to_bytes(4, "big") + f"port {port}".encode()
+            if version == 6:
+                packet.fl = port
+            before = heard()
+            attacker.send(*map(bytes, split(packet, 24)))
+            wait_for(lambda p=port, b=before: f"port {p}" in heard()[len(b) :], f"a datagram that looks like {port}")
+            for chain in chains:
+                with bridge.without(chain, rule):
+                    dropped = host.dropped(*CHAINS, "no_dhcp")
+                    attacker.send(*map(bytes, split(packet, 24)))
+                    wait_for(lambda d=dropped: host.dropped(*CHAINS, "no_dhcp") > d, f"a drop by {chain}")
