@@ -172,7 +172,9 @@ if [ -n "${BOOT_PACKAGE-}" ]; then
         fail "the package changes something before it is configured"
     tr -d '\r' <"$folder/log" | sed -n '/^instances: .*Next steps/,/^More/s/^  //p' >"$folder/steps"
     run sh -euc "$(cat "$folder/steps")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "the next steps"; }
+    run sh -c 'echo "# of the former release" >>/var/lib/misc/instances.nftables_chains'
     run sh -euc "cd /root/instances; dpkg -i instances_*_all.deb" >/dev/null 2>&1 || fail "an upgrade"
+    not run grep -q former /var/lib/misc/instances.nftables_chains || fail "an upgrade leaves the files of the former release"
     run systemctl is-active instances.path instances.timer >/dev/null || fail "an upgrade stops the units"
 fi
 until_true 5 "the guard" sh -c "$guard"
