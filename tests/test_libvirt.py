@@ -91,6 +91,11 @@ def test_libvirt_example_takes_no_name_from_others_and_gives_none_that_is_not_on
     assert found == names(json.dumps(BEFORE)) | {THIRD: ""}
 
 
+def test_libvirt_example_leaves_the_host_alone_when_a_domain_has_its_mac_address(libvirt):
+    libvirt.start("box", INTERFACE.format(HOST_MAC, "br0", FILTERED))
+    assert unchanged(libvirt)
+
+
 @pytest.mark.parametrize("operation", ["prepare", "started", "stopped", "release", "migrate", "restore", "unheard-of"])
 def test_libvirt_example_does_nothing_at_other_times(libvirt, operation):
     libvirt.hook("box", operation, "begin", "-", xml=domain("box", INTERFACE.format(FIRST, "br0", "")))
