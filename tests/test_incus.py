@@ -181,6 +181,12 @@ def test_incus_example_needs_the_bridge_to_be_registered(incus):
     refused(incus, "mend it")
 
 
+def test_incus_example_says_that_instances_update_is_not_there(incus):
+    incus.env["PATH"] = "/usr/sbin:/usr/bin"
+    result = incus.run("--once")
+    assert (result.returncode, result.stderr) == (1, "no instances-update.py on the PATH\n")
+
+
 def test_incus_example_says_that_incus_is_not_there(incus):
     (incus.folder / "incus").unlink()
     refused(incus, "'incus'")

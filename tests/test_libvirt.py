@@ -119,6 +119,12 @@ def test_libvirt_example_lets_a_domain_start_without_a_registry_or_its_lock(libv
     assert libvirt.hook("box", "start", "begin", "-", xml=domain("box", INTERFACE.format(FIRST, "br0", ""))) == "{"
 
 
+def test_libvirt_example_lets_a_domain_start_without_instances_update(libvirt):
+    libvirt.env["PATH"] = "/usr/sbin:/usr/bin"
+    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
+    assert unchanged(libvirt)
+
+
 def test_libvirt_example_removes_what_libvirt_has_no_more(libvirt):
     assert SECOND in libvirt.compare(f"{UUID}\n{OTHER_UUID}\n")
     assert libvirt.compare(f"{UUID}\n").keys() == BEFORE.keys() - {SECOND}
