@@ -224,7 +224,7 @@ def register(registry, mac, ip, hostname, kind):
         elif changes:
             warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
     holders = others(registry, mac, field, address)
-    if field not in LEASED:
+    if field not in LEASED and address != instance.get("ipv6_lla"):  # with its own, a guest is entered before its lease
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
     elif holders and kind != "by hand" and (kind != "add" or field != "ipv4"):
         warnings.append(f"{mac}: {address} is not registered, {holders[0]} has it")

@@ -72,6 +72,17 @@ def test_package_has_units_and_examples_with_its_own_paths(built):
     assert named == {"/usr/sbin/instances-update.py", "/usr/sbin/instances-apply"}
 
 
+def test_package_has_the_examples_for_incus_and_libvirt_as_they_are(built):
+    for source in [
+        EXAMPLES / "dnsmasq" / "instances-release",
+        *(EXAMPLES / "incus").iterdir(),
+        *(EXAMPLES / "libvirt").iterdir(),
+    ]:
+        installed = built / "root" / "usr/share/doc/instances/examples" / source.relative_to(EXAMPLES)
+        assert installed.read_text() == source.read_text()
+        assert installed.stat().st_mode & 0o777 == source.stat().st_mode & 0o755
+
+
 def test_version_is_that_of_the_changelog_and_grows_with_each_build(built):
     version = run("dpkg-parsechangelog", "-l", DEBIAN / "changelog", "-S", "Version").stdout.strip()
     (package,) = built.glob("instances_*_all.deb")

@@ -1,173 +1,331 @@
-"""The example incus."""
+"""The example incus with an Incus that says what it should not; tests/incus.sh runs it with a real one."""
 
 import json
-from pathlib import Path
+import os
+import shutil
+import signal
+import sys
+import time
 
 import pytest
-from conftest import need
-from lab import EXAMPLES, environment
+from conftest import load, lock_held
+from lab import EXAMPLES, HOST_MAC, TOP, environment, run, wait_for
 
 pytestmark = pytest.mark.slow
 
-
-INCUS = [
-    {"name": "web", "project": "default", "status": "Running", "config": {"volatile.eth0.hwaddr": "10:66:6A:00:00:01"}},
-    {
-        "name": "db",
-        "project": "default",
-        "status": "Stopped",
-        "config": {"volatile.eth1.hwaddr": "10:66:6a:00:00:03", "volatile.eth0.hwaddr": "10:66:6a:00:00:02"},
-    },
-    {
-        "name": "web",
-        "project": "shop",
-        "config": {"image.os": "Debian"},
-        "expanded_devices": {"eth0": {"hwaddr": "10:66:6a:00:00:04"}, "root": {"path": "/"}},
-    },
-    {"name": "x", "project": "default", "config": {"volatile.eth0.hwaddr": "10:66:6a:00:00:05"}},
-    {"name": "X", "project": "default", "config": {"volatile.eth0.hwaddr": "10:66:6a:00:00:06"}},
-    {"name": "new", "project": "default", "config": {"volatile.eth0.hwaddr": "10:66:6a:00:00:07"}},
-]
+# A command incus that says what stands in the files beside it, and notes how often it was asked for all.
+INCUS = """\
+#!/bin/sh
+here=${0%/*}
+case $1:$* in
+monitor:*) exec tail -n +1 -f "$here/events" ;;
+*recursion=1*) echo >>"$here/asked"; cat "$here/list" ;;
+*) cat "$here/one" ;;
+esac
+"""
+GONE = {"error_code": 404, "error": "Instance not found", "metadata": None}
+WEB, OLD, OTHER, NOBODYS = (f"10:66:6a:00:00:0{number}" for number in (1, 2, 3, 4))
 BEFORE = {
-    "10:66:6a:4c:a1:fe": {"name": "host"},
-    "10:66:6a:00:00:01": {"name": "old"},
-    "10:66:6a:00:00:02": {"name": "db"},
-    "10:66:6a:00:00:03": {"name": ""},
-    "10:66:6a:00:00:04": {"name": "web"},
-    "10:66:6a:00:00:05": {"name": "five"},
-    "10:66:6a:00:00:99": {"name": "deleted"},
-    "52:54:00:00:00:01": {"name": "not-of-incus"},
+    HOST_MAC: {"name": "host", "ipv4": "10.83.0.1"},
+    WEB: {"name": "ubuntu", "ipv4": "10.83.0.11", "note": "stays"},
+    OLD: {"name": "web", "ipv6_lla": "fe80::1266:6aff:fe00:2", "incus": "default/web"},
+    NOBODYS: {"name": "Mail"},
 }
 
 
-def reconcile(host, *arguments, incus=INCUS, text="", settings="/dev/null"):
-    env = environment(host.base, INSTANCES_SETTINGS=str(settings))
-    command = [EXAMPLES / "incus" / "reconcile.sh", *arguments]
-    return host.run(*command, env=env, input=text or json.dumps(incus), check=False)
+def answer(instances):
+    return json.dumps({"error_code": 0, "error": "", "metadata": instances})
 
 
-def names(host):
-    return {mac: instance["name"] for mac, instance in host.registry().items()}
+def instance(name, mac, project="default", parent="br0", **options):
+    """Return an instance as Incus has it, with an eth0."""
+    eth0 = {"type": "nic", "parent": parent, "security.mac_filtering": "true"} | options
+    devices = {"eth0": eth0, "root": {"type": "disk", "path": "/"}}
+    return {"name": name, "project": project, "config": {"volatile.eth0.hwaddr": mac}, "expanded_devices": devices}
+
+
+class Incus:
+    """A host with br0, the registry of before, and a command incus."""
+
+    def __init__(self, host):
+        self.host, self.folder = host, host.folder / "bin"
+        self.folder.mkdir()
+        self.registry = host.folder / "instances.json"
+        self.registry.write_text(json.dumps(BEFORE))
+        for name, text in (("incus", INCUS), ("one", json.dumps(GONE)), ("events", ""), ("asked", "")):
+            (self.folder / name).write_text(text)
+        (self.folder / "incus").chmod(0o755)
+        (host.folder / "dnsmasq.br0.leases").write_text("")
+        self.says(answer([instance("web", WEB)]))
+        self.env = environment(host.base)
+        self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
+
+    def says(self, text, one=None):
+        (self.folder / "list").write_text(text)
+        if one is not None:
+            (self.folder / "one").write_text(one)
+
+    def run(self, *arguments):
+        command = [sys.executable, EXAMPLES / "incus" / "instances-incus", *arguments]
+        return self.host.run(*command, env=self.env, check=False)
+
+    def names(self):
+        return {mac: i["name"] for mac, i in json.loads(self.registry.read_text()).items()}
+
+    def asked(self):
+        return (self.folder / "asked").read_text().count("\n")
 
 
 @pytest.fixture
-def registry(host):
-    """The registry's file, with what was there before."""
-    need("jq")
-    path = Path(f"{host.base}.json")
-    path.write_text(json.dumps(BEFORE))
-    return path
+def incus(host):
+    return Incus(host)
 
 
-def test_incus_example_brings_the_registry_in_line(host, registry):
-    planned = reconcile(host)
-    assert json.loads(registry.read_text()) == BEFORE and planned.returncode == 0
-    assert sorted(planned.stdout.splitlines()) == [
-        "instances-update.py --remove 10:66:6a:00:00:99",
-        "instances-update.py --rename 10:66:6a:00:00:01 web",
-        "instances-update.py --rename 10:66:6a:00:00:03 db-eth1",
-        "instances-update.py --rename 10:66:6a:00:00:04 web-shop",
-    ]
-    assert planned.stderr.count("10:66:6a:00:00:05") == 1 and planned.stderr.count("10:66:6a:00:00:06") == 1
-    assert reconcile(host, "--apply", "--force").returncode == 0
-    changed = {"10:66:6a:00:00:01": "web", "10:66:6a:00:00:03": "db-eth1", "10:66:6a:00:00:04": "web-shop"}
-    expected = {mac: i["name"] for mac, i in BEFORE.items() if mac != "10:66:6a:00:00:99"} | changed
-    assert names(host) == expected
-    assert reconcile(host).stdout == ""
+def refused(incus, *told):
+    """Compare once: nothing is changed, and one line says why."""
+    before = incus.registry.read_text()
+    result = incus.run("--once")
+    assert result.returncode == 1 and incus.registry.read_text() == before
+    assert result.stderr.count("\n") == 1 and all(words in result.stderr for words in told), result.stderr
+
+
+def test_incus_example_gives_names_and_removes_what_is_gone(incus):
+    shown = incus.run("--show")
+    assert shown.returncode == 0 and json.loads(incus.registry.read_text()) == BEFORE
+    done = incus.run("--once")
+    assert done.returncode == 0 and done.stderr == shown.stderr and done.stderr.count("\n") == 3
+    registry = json.loads(incus.registry.read_text())
+    assert registry[WEB] == BEFORE[WEB] | {"name": "web", "incus": "default/web"}
+    assert registry.keys() == BEFORE.keys() - {OLD} and registry[HOST_MAC] == BEFORE[HOST_MAC]
+    assert incus.run("--once").stderr == ""
+    assert os.path.exists(f"{incus.host.base}.updated")
+
+
+def test_incus_example_enters_names_before_the_first_lease(incus):
+    incus.says(answer([instance("new", OTHER)]))
+    incus.run("--once")
+    entry = json.loads(incus.registry.read_text())[OTHER]
+    assert entry == {"name": "new", "ipv6_lla": "fe80::1266:6aff:fe00:3", "incus": "default/new"}
 
 
 @pytest.mark.parametrize(
-    ("incus", "missing"),
+    ("text", "one"),
     [
-        ([], 6),
-        ([instance for instance in INCUS if instance["project"] == "shop"], 5),
-        ([{"name": instance["name"], "project": instance["project"]} for instance in INCUS], 6),
+        (answer([]), json.dumps({"error_code": 403, "error": "not authorized", "metadata": None})),
+        (answer([]), ""),
+        (answer([]), "[]"),
+        (answer([instance("x", OTHER)]), "Error: connection refused"),
+        ("", ""),
+        ("null", ""),
+        ("not json", ""),
+        (answer(None), ""),
+        (answer({"a": 1}), ""),
+        (answer([1]), ""),
+        (answer([{"name": "web", "project": "default"}]), ""),
+        (answer([{"name": "web", "project": "default", "expanded_devices": {"eth0": {"type": 1}}, "config": 1}]), ""),
+        (answer([instance("x", OTHER)])[:-40], ""),
+        (json.dumps({"error_code": 500, "error": "database is locked", "metadata": None}), ""),
     ],
-    ids=["empty", "one project", "no config"],
 )
-def test_incus_example_removes_what_a_list_lacks_only_if_told(host, registry, incus, missing):
-    for arguments, status in ((("--apply",), 1), ((), 0)):
-        result = reconcile(host, *arguments, incus=incus)
-        assert result.returncode == status and host.registry().keys() == BEFORE.keys()
-        told = f"not in the list: {missing}; removed with --apply --force only\n"
-        assert result.stderr.endswith(told) and result.stderr.count(told) == 1
-    assert reconcile(host, "--apply", "--force", incus=incus).returncode == 0
-    assert len(host.registry()) == len(BEFORE) - missing
+def test_incus_example_changes_nothing_by_an_answer_that_is_none(incus, text, one):
+    incus.says(text, one)
+    refused(incus, "Incus")
 
 
-@pytest.mark.parametrize("text", [" ", "{}", "null", "not json", "[1]", "[] []"])
-def test_incus_example_refuses_what_is_no_list(host, registry, text):
-    result = reconcile(host, "--apply", "--force", text=text)
-    assert (result.returncode, result.stdout) == (1, "") and host.registry() == BEFORE
-    assert "incus list --all-projects" in result.stderr and result.stderr.count("\n") == 1
+def test_incus_example_keeps_what_incus_has_but_did_not_list(incus):
+    incus.says(answer([]), answer(instance("web", OLD)))
+    result = incus.run("--once")
+    assert result.returncode == 0 and json.loads(incus.registry.read_text()) == BEFORE
+    assert result.stderr.count("\n") == 1 and f"{OLD} stays: Incus has default/web" in result.stderr
+    incus.says(answer([]), answer(instance("web", OLD, parent="incusbr0")))
+    incus.run("--once")
+    assert OLD not in incus.names()
 
 
-@pytest.mark.parametrize("arguments", [("--force",), ("--aply",), ("--apply", "--force", "x")])
-def test_incus_example_refuses_other_arguments(host, registry, arguments):
-    result = reconcile(host, *arguments)
-    assert (result.returncode, result.stdout) == (2, "") and host.registry() == BEFORE
-    assert result.stderr == "usage: incus list --all-projects --format json | reconcile.sh [--apply [--force]]\n"
+def test_incus_example_takes_nothing_from_the_host_or_from_others(incus):
+    web, others = instance("HOST", WEB), [instance("mail", OTHER), instance("x", HOST_MAC)]
+    others += [instance("twice", "10:66:6a:00:00:05"), instance("Twice", "10:66:6a:00:00:06")]
+    others += [instance("a" * 60, "10:66:6a:00:00:07", project="shop")]
+    incus.says(answer([web, *others]))
+    incus.run("--once")
+    result = incus.run("--once")
+    assert result.stderr.count(" is not called ") == result.stderr.count("\n") == 5
+    names = incus.names()
+    assert (names[HOST_MAC], names[NOBODYS], names[WEB], names[OTHER]) == ("host", "Mail", "ubuntu", "")
+    assert set(names) == {HOST_MAC, NOBODYS, WEB, OTHER, *(f"10:66:6a:00:00:0{n}" for n in (5, 6, 7))}
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"10:66:6a:00:00:01": 1}'])
-def test_incus_example_refuses_without_a_registry(host, registry, content):
-    registry.unlink() if content is None else registry.write_text(content)
-    result = reconcile(host, "--apply")
-    assert result.returncode == 1 and f"{registry}: not there, or no registry" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_incus_example_names_projects_and_further_interfaces(incus):
+    two = instance("web", WEB, project="shop")
+    two["expanded_devices"]["eth1"] = {"type": "nic", "network": "br0", "hwaddr": OTHER.upper()}
+    two["expanded_devices"]["eth2"] = {"type": "nic", "parent": "virbr0", "hwaddr": "10:66:6a:00:00:08"}
+    incus.says(answer([two]))
+    assert f"{OTHER} web-shop-eth1: without security.mac_filtering" in incus.run("--once").stderr
+    assert incus.names() == {HOST_MAC: "host", NOBODYS: "Mail", WEB: "web-shop", OTHER: "web-shop-eth1"}
 
 
-def nic(name, hwaddr, **others):
-    """Return an instance of the default project with an eth0."""
-    return {"name": name, "project": "default", "config": {"volatile.eth0.hwaddr": hwaddr}} | others
+def test_incus_example_registers_fixed_addresses(incus):
+    fixed = {"ipv4.address": "10.83.0.50", "ipv6.address": "fd83:5eed:0::50"}
+    incus.says(answer([instance("web", WEB, **fixed), instance("x", OTHER, **{"ipv4.address": "10.83.0.1"})]))
+    result = incus.run("--once")
+    registry = json.loads(incus.registry.read_text())
+    assert (registry[WEB]["ipv4"], registry[WEB]["ipv6_ula"]) == ("10.83.0.50", "fd83:5eed::50")
+    assert "ipv4" not in registry[OTHER] and registry[HOST_MAC]["ipv4"] == "10.83.0.1"
+    assert f"{OTHER}: 10.83.0.1 is not registered" in result.stderr
 
 
-def test_incus_example_leaves_names_that_cannot_be_given(host, registry):
-    before = {
-        host.mac: {"name": "host"},
-        "52:54:00:00:00:01": {"name": "Mail"},
-        "10:66:6a:00:00:01": {"name": "one"},
-        "10:66:6a:00:00:02": {"name": "two"},
-        "10:66:6a:00:00:03": {"name": "three"},
-        "10:66:6a:00:00:04": {"name": "four"},
-    }
-    registry.write_text(json.dumps(before))
-    incus = [
-        nic("HOST", "10:66:6a:00:00:01"),
-        nic("mail", "10:66:6a:00:00:02"),
-        nic("a" * 60, "10:66:6a:00:00:03", project="shop"),
-        nic("web", "10:66:6a:00:00:04", project="my_shop"),
-    ]
-    for arguments in ((), ("--apply",)):
-        result = reconcile(host, *arguments, incus=incus)
-        assert (result.returncode, result.stdout) == (0, "") and host.registry() == before
-        why = [line.split(" is left as it is: ")[1] for line in result.stderr.splitlines()]
-        assert why == [
-            "HOST is the name of another",
-            "mail is the name of another",
-            f"{'a' * 60}-shop is no name in DNS",
-            "web-my_shop is no name in DNS",
-        ]
+def test_incus_example_needs_the_bridge_to_be_registered(incus):
+    incus.registry.write_text("{}")
+    refused(incus, "--initialize br0 host")
+    incus.registry.write_text("[]")
+    refused(incus, "mend it")
 
 
-def test_incus_example_believes_a_mac_address_that_was_set(host, registry):
-    old, new, made = (f"10:66:6a:00:00:0{n}" for n in (1, 2, 3))
-    registry.write_text(json.dumps({mac: {"name": ""} for mac in (old, new, made)}))
-    expanded = {"eth0": {"type": "nic", "hwaddr": new.upper()}, "root": {"type": "disk", "path": "/"}}
-    incus = [
-        nic("set", old, expanded_devices=expanded),
-        nic("made", made, devices={"eth0": {"type": "nic", "hwaddr": "10:66:6a:xx:xx:xx"}}),
-    ]
-    assert reconcile(host, "--apply", "--force", incus=incus).returncode == 0
-    assert names(host) == {new: "set", made: "made"}
-    config = [{"name": "other", "config": incus[0]["config"], "devices": expanded}]
-    reconcile(host, "--apply", incus=config)
-    assert names(host) == {new: "other", made: "made"}
+def test_incus_example_says_that_instances_update_is_not_there(incus):
+    incus.env["PATH"] = "/usr/sbin:/usr/bin"
+    result = incus.run("--once")
+    assert (result.returncode, result.stderr) == (1, "no instances-update.py on the PATH\n")
 
 
-def test_incus_example_finds_the_registry_by_the_settings(host, registry, tmp_path):
-    settings = tmp_path / "settings"
-    settings.write_text("INSTANCES_BASE_ID=br0\n")
-    mine = registry.rename(f"{host.base}-br0.json")
-    assert reconcile(host, "--apply", "--force", settings=settings).returncode == 0
-    assert json.loads(mine.read_text())["10:66:6a:00:00:01"]["name"] == "web"
+def test_incus_example_says_that_incus_is_not_there(incus):
+    (incus.folder / "incus").unlink()
+    refused(incus, "'incus'")
+
+
+@pytest.mark.parametrize("arguments", [("--force",), ("--show", "x"), ("--help",)])
+def test_incus_example_refuses_other_arguments(incus, arguments):
+    result = incus.run(*arguments)
+    assert result.returncode == 2 and result.stderr.startswith("usage: ") and incus.asked() == 0
+
+
+def test_incus_example_waits_for_the_lock(incus):
+    with lock_held(incus.host.base):
+        refused(incus, "instances.lock")
+    assert incus.run("--once").returncode == 0
+
+
+def test_incus_example_leaves_the_registry_whole_on_a_full_disk(incus):
+    shutil.rmtree(incus.host.folder / "full", ignore_errors=True)
+    full = incus.host.folder / "full"
+    full.mkdir()
+    script = 'mount -t tmpfs -o size=16k tmpfs "$1" && cp "$2" "$1" && cd "$1" && cp "$2" a.json && : >a.lock'
+    script += ' && { cat /dev/zero >fill || :; } && INSTANCES_BASE_PATH="$1/a" "$3" "$4" --once || cat a.json'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", full, incus.registry, sys.executable]
+    result = incus.host.run(*command, EXAMPLES / "incus" / "instances-incus", env=incus.env, check=False)
+    assert "No space left" in result.stderr.splitlines()[-1] and json.loads(result.stdout) == BEFORE
+
+
+def test_incus_example_keeps_an_instance_until_its_leases_are_ended(incus):
+    """Nothing answers here, as while dnsmasq is stopped; and then the program that asks is missing."""
+    leases = incus.host.folder / "dnsmasq.br0.leases"
+    leases.write_text(f"1795629618 {OLD} 10.83.0.12 ubuntu *\n")
+    shutil.copy(TOP / "instances-update.py", incus.folder)
+    for path, told in ((incus.env["PATH"], OLD), (f"{incus.folder}:/usr/bin:/bin", "instances-release")):
+        incus.env["PATH"] = path
+        result = incus.run("--once")
+        assert result.returncode == 1 and told in result.stderr.splitlines()[-1]
+        assert incus.names() == {HOST_MAC: "host", WEB: "web", OLD: "", NOBODYS: "Mail"}
+    leases.write_text("")
+    incus.env["PATH"] = f"{EXAMPLES}/dnsmasq:{incus.env['PATH']}"
+    assert incus.run("--once").returncode == 0 and OLD not in incus.names()
+
+
+@pytest.fixture
+def follower(incus):
+    """The program at work, and what it says."""
+    log = incus.host.folder / "follower.log"
+    with open(log, "w") as file:
+        command = [sys.executable, EXAMPLES / "incus" / "instances-incus"]
+        process = incus.host.start(*command, env=incus.env, stdout=file, stderr=file)
+    wait_for(lambda: incus.names()[WEB] == "web", "the comparison at the start")
+    yield process, log
+    for child in run("pgrep", "-P", process.pid, check=False).stdout.split():
+        os.kill(int(child), signal.SIGTERM)
+
+
+MONITOR_SAYS = {
+    "half a line": '{"type": "life',
+    "an unknown kind": '{"type": "unheard-of", "metadata": [1]}\n',
+    "no text": "\0\n",
+    "much": "\n" * 300000,
+}
+
+
+def compared(incus, text="{}\n"):
+    """Have the monitor say something, and wait until Incus was asked for all."""
+    asked = incus.asked()
+    with open(incus.folder / "events", "a") as events:
+        events.write(text)
+    wait_for(lambda: incus.asked() > asked, "the comparison", 5)
+
+
+@pytest.mark.parametrize("kind", MONITOR_SAYS)
+def test_incus_example_compares_whatever_the_monitor_says(incus, follower, kind):
+    incus.says(answer([instance("renamed", WEB)]))
+    time.sleep(0.5)  # it would not look by itself for a minute
+    assert incus.names()[WEB] == "web"
+    compared(incus, MONITOR_SAYS[kind])
+    wait_for(lambda: incus.names()[WEB] == "renamed", "the name", 5)
+
+
+def test_incus_example_compares_seldom_while_events_come(incus, follower):
+    asked, begun = incus.asked(), time.monotonic()
+    while time.monotonic() < begun + 2:
+        with open(incus.folder / "events", "a") as events:
+            events.write("{}\n")
+        time.sleep(0.01)
+    wait_for(lambda: incus.asked() > asked, "the comparison", 5)
+    assert incus.asked() <= asked + 10  # two seconds, by the fifth of one
+
+
+def test_incus_example_says_once_what_stands_and_goes_on(incus, follower):
+    _, log = follower
+    incus.says("not json")
+    for _ in range(3):
+        compared(incus)
+    assert log.read_text().count("Incus doesn't answer") == 1
+    incus.says(answer([instance("again", WEB)]))
+    wait_for(lambda: incus.names()[WEB] == "again", "another try", 10)
+
+
+def test_incus_example_ends_when_the_monitor_does(incus, follower):
+    process, log = follower
+    os.kill(int(run("pgrep", "-P", process.pid).stdout), signal.SIGKILL)
+    assert process.wait(10) == 1 and "incus monitor has ended" in log.read_text().splitlines()[-1]
+
+
+LEASES = f"""\
+1795629618 {WEB} 10.83.0.11 ubuntu *
+1795629618 {OLD} 10.83.0.12 ubuntu 01:10:66:6a:00:00:02
+duid 00:01:00:01:32:99:33:9a:10:66:6a:4c:a1:fe
+1795629619 11 2001:67c:83::12 ubuntu 00:04:aa
+1795629619 T11 fd83:5eed::12 ubuntu 00:04:aa
+1795629620 12 fd83:5eed::99 * 00:04:aa
+1795629620 13 fd83:5eed::11 * 00:04:aa
+1795629620 13 fd83:5eed::13 * 00:04:bb
+"""
+
+
+def test_leases_of_what_is_gone_are_found_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
+    shutil.copy(EXAMPLES / "dnsmasq" / "instances-release", tmp_path / "release.py")
+    registry = {OLD: {"name": "web", "ipv6_ula": "fd83:5eed::12"}, WEB: {"ipv6_ula": "fd83:5eed::11"}}
+    found, server = load(tmp_path / "release.py").leases_of({OLD}, registry, LEASES)
+    assert [lease[2] for lease in found] == ["10.83.0.12", "2001:67c:83::12", "fd83:5eed::12", "fd83:5eed::99"]
+    assert server.endswith("a1:fe") and {lease[0] for lease in found} == {OLD}
+
+
+def test_leases_are_ended_by_a_real_dnsmasq(host):
+    """With a guest that has leases of both versions, and another one that keeps its own."""
+    host.start_guarded()
+    web, db = host.client("web", OLD), host.client("db", OTHER)
+    for client in (web, db):
+        client.dhcp4("ubuntu")
+        client.dhcp6("ubuntu")
+    leases = host.folder / "dnsmasq.br0.leases"
+    lines = leases.read_text().splitlines()
+    kept = {line for line in lines if not set(line.split()) & {OLD, *host.registry()[OLD].values()} - {"ubuntu"}}
+    host.run("ip", "link", "delete", "veth0")
+    command = [sys.executable, EXAMPLES / "dnsmasq" / "instances-release", OLD]
+    assert host.run(*command, env=environment(host.base)).stdout.split() == [OLD]
+    assert set(leases.read_text().splitlines()) == kept and len(kept) == len(lines) - 3

@@ -220,7 +220,7 @@ def test_documentation_address_makes_instance_without_address(base):
     assert result.returncode == 0 and "2001:db8::1 is not registered" in result.stderr
 
 
-@pytest.mark.parametrize("address", ["fe80::5", "fe80::1266:6aff:fe4c:a111", "fec0::1", "::1", "ff02::1"])
+@pytest.mark.parametrize("address", ["fe80::5", "fe80::1266:6aff:fe4c:a112", "fec0::1", "::1", "ff02::1"])
 def test_address_that_is_neither_global_nor_unique_local_is_not_registered(base, address):
     for _ in range(2):
         result = run(base, "add", "x", address, "web", DNSMASQ_MAC=MAC)
@@ -690,6 +690,14 @@ def test_by_hand_an_address_is_taken_from_another_and_no_name_is_given(base, act
     result = run(base, action, OTHER, address, "db", DNSMASQ_MAC=OTHER, **REMINDER if action == "add" else {})
     assert (result.returncode, result.stderr) == (0, "")
     assert read(base) == {MAC: {"name": "web"}, OTHER: {"name": "", field: address}}
+
+
+def test_by_hand_a_guest_gets_its_name_before_its_first_lease_with_its_link_local_address(base):
+    result = run(base, "add", MAC, "fe80::1266:6aff:fe4c:a111", "web", DNSMASQ_MAC=MAC)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert read(base) == {MAC: {"name": "web", "ipv6_lla": "fe80::1266:6aff:fe4c:a111"}}
+    lease(base, "add", MAC, "10.83.0.11", "ubuntu")
+    assert read(base)[MAC]["name"] == "web"
 
 
 def test_by_hand_an_ipv6_address_without_a_mac_address_is_told_what_is_missing(base):

@@ -1,0 +1,91 @@
+#!/bin/sh
+# usage: incus.sh [RELEASE]...
+# Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs Debian's Incus and
+# libvirt in it and, by the pages, this project and examples/incus and examples/libvirt, and runs incus.py and libvirt.py there.
+# As root; it changes nothing outside of the folder. Exit status: 0 as expected, 1 not so, 77 none of that can be had here
+# (1 with CI=true).
+# shellcheck source=tests/root.sh disable=SC2016 # commands for another shell
+set -eu
+
+. "$(dirname "$0")/root.sh"
+
+if [ "${1-}" != inside ]; then
+    need systemd-nspawn unshare nsenter nft
+    clear_more() {
+        export group="/sys/fs/cgroup/${folder##*/}"
+        unshare --mount sh -c 'mount -t cgroup2 none /sys/fs/cgroup && for _ in $(seq 100); do
+            [ -d "$group" ] || exit 0
+            find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
+        done' || true
+    }
+    [ $# -gt 0 ] || set -- trixie
+    for_each "$@"
+fi
+
+step "a root with Incus and libvirt"
+make_root
+add_project
+fit_kernel
+mount -t proc proc "$root/proc"
+chmod 755 "$root" # guests are not this root
+chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
+    apt-get update
+    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc busybox-static bind9-dnsutils procps \
+        python3 python3-filelock dnsmasq dnsmasq-utils nftables incus-base incus-client \
+        libvirt-daemon-system libvirt-clients qemu-system-x86 linux-image-cloud-amd64 cpio
+    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
+umount "$root/proc"
+rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
+cat >>"$root/etc/network/interfaces" <<'END'
+auto br0
+iface br0 inet static
+    address 10.83.0.1/24
+    pre-up ip link add br0 address 10:66:6a:4c:a1:fe type bridge
+    up ip address add 2001:67c:83::1/80 dev br0 nodad
+    up ip address add fd83:5eed::1/80 dev br0 nodad
+END
+systemctl --quiet --root="$root" enable networking.service
+
+step "its boot"
+mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
+group=/sys/fs/cgroup/${folder##*/}
+mkdir "$group"
+echo $$ >"$group/cgroup.procs"
+# Incus makes containers of its own in it: it may do all that root may, and write to /proc and /sys
+export SYSTEMD_NSPAWN_API_VFS_WRITABLE=yes
+systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off --link-journal=no \
+    --console=pipe --machine="${folder##*/}" --directory="$root" --capability=all \
+    --system-call-filter="@keyring bpf" --boot >"$folder/console" 2>&1 &
+nspawn=$!
+leader=''
+run() { nsenter --target "$leader" --all -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
+    LC_ALL=C "$@"; }
+for _ in $(seq 300); do
+    sleep 0.2
+    leader=$(cat "/proc/$nspawn/task/$nspawn/children") || { cat "$folder/console"; cannot "systemd-nspawn does not boot here"; }
+    leader=${leader% }
+    case $(run systemctl is-system-running 2>/dev/null) in running | degraded) break ;; esac
+done
+
+step "this project, by README.md and the page"
+# block N: a fenced block of commands of the text that comes in
+block() { awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }'; }
+{
+    block 1 <"$top/examples/incus/README.md"
+    sed -n '/^## Installing/,/^## /p' "$top/README.md" | block 2 | grep -v '^apt-get'
+} >"$folder/installing"
+for example in incus libvirt; do
+    echo "cd /root/instances/examples/$example"
+    block "$([ "$example" = incus ] && echo 2 || echo 1)" <"$top/examples/$example/README.md" | grep -v -e '^apt-get' -e '^incus launch'
+done >"$folder/pages"
+run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "README.md"; }
+run cp /root/instances/examples/nftables/firewall.nft /etc/instances/
+run sh -c 'echo INSTANCES_ADDRESS_SETS=host,web >>/etc/default/instances'
+run python3 -B /root/instances/tests/incus.py prepare || fail "Incus does not come up"
+run sh -euc "$(cat "$folder/pages")" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the pages"; }
+
+step "Incus"
+run python3 -B /root/instances/tests/incus.py || fail "see above"
+step "libvirt"
+run python3 -B /root/instances/tests/libvirt.py || fail "see above"
+step "as expected"
