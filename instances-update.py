@@ -364,7 +364,7 @@ def update(change, mac, *arguments):
         with locked(base):
             if os.path.exists(follows):  # made by examples/network: another host's changes come here
                 with open(follows) as file:
-                    raise ValueError(f"{path} is not changed on this host, but on {file.read().strip()}")
+                    raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
             if version(path) != read:  # somebody else was first
                 _, registry, message, warnings = decide(path, change, mac, *arguments)
             if message:

@@ -488,11 +488,11 @@ def test_missing_directory_is_an_error_and_not_made(base):
 
 def test_host_that_follows_refuses_changes_and_names_the_host_to_make_them_on(base):
     write(base, {MAC: {"name": "web", "ipv4": "10.83.0.11"}})
-    base.with_suffix(".follows").write_text("a\n")
+    base.with_suffix(".follows").write_text("a writes it\n")
     before = files(base)
     for arguments in (["--rename", MAC, "db"], ["--remove", MAC], ["add", OTHER, "10.83.0.12"]):
         result = run(base, *arguments)
-        error = f"instances-update.py: error: {base}.json is not changed on this host, but on a\n"
+        error = f"instances-update.py: error: {base}.json is not to be changed on this host: a writes it\n"
         assert (result.returncode, result.stdout, result.stderr) == (1, "", error)
     assert run(base, "old", MAC, "10.83.0.11").returncode == 0  # nothing to change
     assert {name: text for name, text in files(base).items() if not name.endswith(".lock")} == before

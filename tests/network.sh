@@ -1,0 +1,218 @@
+#!/bin/sh
+# usage: network.sh [RELEASE]...
+# Makes a root of each Debian release (trixie), boots three machines of it with systemd-nspawn that have a network for
+# guests and one for management, and follows examples/network/README.md on them, each command, to its undo. As root; it
+# changes nothing outside of its temporary folder. DEBIAN_ROOTS: see root.sh.
+# Exit status: 0 as expected, 1 not so, 77 no Debian can be made or booted here (1 with CI=true).
+# shellcheck disable=SC2016 # commands for the machines
+set -eu
+
+# shellcheck source=tests/root.sh
+. "$(dirname "$0")/root.sh"
+
+if [ "${1-}" != inside ]; then
+    need systemd-nspawn unshare nsenter nft ip
+    clear_more() {
+        export group="/sys/fs/cgroup/${folder##*/}"
+        unshare --mount sh -c 'mount -t cgroup2 none /sys/fs/cgroup && for _ in $(seq 100); do
+            [ -d "$group" ] || exit 0
+            find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
+        done' || true
+    }
+    [ $# -gt 0 ] || set -- trixie
+    for_each "$@"
+fi
+
+group=/sys/fs/cgroup/${folder##*/}
+page=$top/examples/network/README.md
+
+# block FILE WORDS: the block of commands in a page that has these words
+block() {
+    awk -v words="$2" '/^```$/ { if (index(text, words)) printf "%s", text; text = ""; on = 0 }
+        on { text = text $0 "\n" }
+        /^```sh$/ { on = 1; text = "" }' "$1"
+}
+installing=$(block "$top/README.md" 'cp examples/nftables/bridge.nft' |
+    grep -v -e bridge.nft -e br0.conf -e 'br0 host' -e 'restart dnsmasq')
+
+step "a root"
+make_root
+add_project
+unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
+    sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/network/network.nft"
+mount -t proc proc "$root/proc"
+chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
+    rm -f /etc/apt/apt.conf.d/docker-clean
+    apt-get update
+    apt-get install -y --no-install-recommends systemd-sysv dbus iproute2 udhcpc openssl python3 python3-filelock nftables procps
+    apt-get install -y --download-only dnsmasq etcd-server etcd-client" >"$folder/log" 2>&1 || {
+    tail -n 5 "$folder/log"
+    cannot "no packages"
+}
+umount "$root/proc"
+rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf" "$root/etc/machine-id"
+systemctl --quiet --root="$root" disable systemd-networkd.service systemd-networkd.socket
+systemctl --quiet --root="$root" mask systemd-networkd-wait-online.service
+
+# ---- Three machines of it, on a switch ----
+mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
+mkdir "$group"
+echo $$ >"$group/cgroup.procs"
+unshare --net sleep 86400 &
+switch=$!
+until [ "$(readlink "/proc/$switch/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+on_switch() { nsenter --target "$switch" --net -- "$@"; }
+for bridge in lan management; do
+    on_switch ip link add "$bridge" type bridge
+    on_switch ip link set "$bridge" up
+done
+
+# on HOST COMMAND...: as root in its machine
+on() {
+    host=$1
+    shift
+    nsenter --target "$(cat "$folder/$host.leader")" --all -- env -i HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive \
+        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
+}
+each() { for host in a b c; do on "$host" "$@"; done; }
+# lines HOST COMMANDS: as they stand on the page
+lines() {
+    on "$1" sh -euxc "cd /root/instances/examples/network; $2" >"$folder/log" 2>&1 || { tail -n 20 "$folder/log" >&2; fail "on $1"; }
+}
+boot() {
+    mkdir "$folder/$1" "$folder/$1.upper" "$folder/$1.work"
+    mount -t overlay overlay -o "lowerdir=$root,upperdir=$folder/$1.upper,workdir=$folder/$1.work" "$folder/$1" ||
+        cannot "no overlay can be mounted"
+    echo "$1" >"$folder/$1/etc/hostname"
+    mkdir "$group/$1" # of its own, for each systemd believes that all in it is its
+    sh -c 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"' sh "$group/$1" systemd-nspawn --quiet --register=no --keep-unit \
+        --private-network --resolv-conf=off --timezone=off --link-journal=no --console=pipe --machine="$1" \
+        --directory="$folder/$1" --boot >"$folder/$1.console" 2>&1 &
+    nspawn=$!
+    for _ in $(seq 300); do
+        sleep 0.2
+        leader=$(cat "/proc/$nspawn/task/$nspawn/children") || return 1
+        echo "${leader% }" >"$folder/$1.leader"
+        case $(on "$1" systemctl is-system-running 2>/dev/null) in running | degraded) return ;; esac
+    done
+    return 1
+}
+# plug HOST NUMBER: its uplink, its management interface, its bridge
+plug() {
+    for port in lan:eth0 management:eth1; do
+        on_switch ip link add "$1-${port%:*}" type veth peer name "${port#*:}" netns "$(cat "$folder/$1.leader")"
+        on_switch ip link set "$1-${port%:*}" master "${port%:*}" up
+    done
+    on "$1" sh -euc "ip link add br0 type bridge; ip link set br0 up; ip link set eth0 master br0 up
+        ip address add 192.0.2.$2/24 dev eth1; ip link set eth1 up"
+}
+
+# until_true SECONDS WHAT COMMAND...
+until_true() {
+    seconds=$1 what=$2
+    shift 2
+    end=$(($(date +%s) + seconds))
+    until "$@" >/dev/null 2>&1; do
+        [ "$(date +%s)" -lt "$end" ] || {
+            for host in a b c; do on "$host" journalctl --no-pager -n 15 -u 'instances*' -u etcd -u dnsmasq >&2 || true; done
+            fail "$what: not within $seconds s"
+        }
+        sleep 0.2
+    done
+}
+
+step "three machines"
+number=0
+for host in a b c; do
+    boot "$host" || { tail -n 5 "$folder/$host.console"; cannot "systemd-nspawn does not boot here"; }
+    number=$((number + 1))
+    plug "$host" "$number"
+done
+
+step "installed by the main page, and etcd by its own"
+for host in a b c; do
+    lines "$host" "cd /root/instances; $(echo "$installing" | grep -v '^apt-get update')"
+done
+lines a "$(block "$page" 'openssl req')"
+etcd=$(block "$page" 'apt-get install -y etcd-server')
+number=0
+for host in a b c; do
+    number=$((number + 1))
+    mkdir -p "$folder/$host/root/etcd"
+    cp "$folder/a/root/etcd/ca.crt" "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
+    lines "$host" "$(echo "$etcd" | sed -e "s/^host=a/host=$host/" -e "s/^address=.*/address=192.0.2.$number/")"
+done
+healthy=$(block "$page" 'endpoint health')
+for host in a b c; do until_true 60 "etcd of $host" on "$host" sh -euc "$healthy"; done
+[ "$(on a ss -Htln 'sport = 2379 or sport = 2380' | grep -cv -e 127.0.0.1:2379 -e 192.0.2.1:2380)" -eq 0 ] || fail "etcd listens elsewhere, too"
+
+step "the guard and the names"
+for host in a b c; do
+    lines "$host" "$(block "$page" 'cp network.nft')"
+    until_true 20 "the guard of $host" on "$host" sh -c 'nft list chain bridge instances at_forward | grep -q eth0'
+done
+
+step "one host writes"
+for host in a b c; do lines "$host" "$(block "$page" 'INSTANCES_WRITER=a')"; done
+on a sh -euc 'ip address add 10.83.0.1/24 dev br0; ip address add 2001:67c:83::1/80 dev br0 nodad; ip address add fd83:5eed::1/80 dev br0 nodad'
+until_true 20 "a writes" on a sh -c '[ ! -e /var/lib/misc/instances.follows ]'
+lines a "$(block "$page" 'cp ../dnsmasq/br0.conf')"
+# guest HOST NUMBER: a guest of a host, which gets an address
+guest() {
+    on "$1" sh -euc "ip netns add g$2; ip link add g$2 type veth peer name eth0 address 10:66:6a:4c:b0:1$2 netns g$2
+        ip link set g$2 master br0 up; ip -n g$2 link set eth0 up
+        printf '#!/bin/sh\n[ \"\$1\" != bound ] || ip address replace \$ip/24 dev eth0\n' >/root/lease; chmod 755 /root/lease"
+    until_true 40 "a lease for the guest of $1" on "$1" ip netns exec "g$2" udhcpc -f -q -n -i eth0 -s /root/lease -x "hostname:g$2"
+}
+# known MAC: all hosts have it in force
+known() {
+    for host in a b c; do
+        until_true 20 "$1 on $host" on "$host" sh -c "nft list set bridge instances instances_ip | grep -q $1"
+    done
+}
+name() { until_true 20 "the name $2 on $1" on "$1" ip netns exec "$3" busybox nslookup "$2.instance.internal" 10.83.0.2; }
+guest b 1
+guest c 2
+known 10:66:6a:4c:b0:11
+known 10:66:6a:4c:b0:12
+name b g2 g1
+name c g1 g2
+not on b instances-update.py --remove 10:66:6a:4c:b0:11 2>"$folder/log" || fail "b may write"
+grep -q 'a writes it' "$folder/log" || fail "b does not say who writes"
+on b ip netns exec g1 busybox ping -q -c 1 "$(on c ip netns exec g2 ip -4 -o address show eth0 | grep -o '10\.83[0-9.]*' | head -n 1)" >/dev/null ||
+    fail "guests do not reach each other"
+
+step "any host can be the one"
+on a sh -euc 'rm -f /etc/dnsmasq.d/br0.conf; ip address flush dev br0 scope global; systemctl stop dnsmasq'
+for host in a b c; do lines "$host" "$(block "$page" 'cp gateway.ip')"; done
+leader_is() { [ "$(for host in a b c; do on "$host" ip link show gw0 >/dev/null 2>&1 && echo "$host"; done)" = "$1" ]; }
+find_leader() { for leading in a b c; do if leader_is "$leading"; then return 0; fi; done; return 1; }
+until_true 30 "a leader" find_leader
+pings() { on c ip netns exec g2 busybox ping -q -c 1 -W 1 10.83.0.1; }
+find_leader
+first=$leading
+until_true 20 "the gateway" pings
+for how in "systemctl restart instances-lead" "systemctl kill --signal=KILL --kill-whom=main instances-lead"; do
+    find_leader
+    first=$leading
+    # shellcheck disable=SC2086 # a command and its arguments
+    on "$first" $how
+    until_true 30 "another leads after: $how" sh -c "true"
+    changed() { find_leader && [ "$leading" != "$first" ]; }
+    until_true 30 "another leads after: $how" changed
+    not on "$first" sh -c 'ps ax | grep "[g]ateway.conf"' >/dev/null || fail "dnsmasq outlives the leader"
+    until_true 20 "the gateway" pings
+done
+guest a 3
+known 10:66:6a:4c:b0:13
+
+step "undone: nothing is left"
+for host in a b c; do lines "$host" "$(block "$page" 'disable --now etcd')"; done
+for host in a b c; do
+    left=$(on "$host" sh -c 'ip -o link show; ip rule; ip -6 rule; nft list tables' | grep -e gw0 -e dns0 -e 'lookup 83' -e instances) || true
+    [ -z "$left" ] || { on "$host" journalctl --no-pager -n 30 -o short-precise -u 'instances*' >&2; fail "left on $host: $left"; }
+    left=$(on "$host" find /etc /usr/local /var/lib/misc '(' -name '*instances-lead*' -o -name '*instances-follow*' -o -name '*instances-names*' \
+        -o -name '*.follows' -o -name network.nft -o -name 'gateway.*' -o -name 'names.*' ')')
+    [ -z "$left" ] || fail "left on $host: $left"
+done
+step "as expected"
