@@ -1,4 +1,4 @@
-"""The demonstration, and the files that the scripts write."""
+"""The demonstration."""
 
 import os
 import subprocess
@@ -30,9 +30,3 @@ def test_demo_comes_out_as_expected_and_leaves_nothing(folder):
     assert f"demo{demo.pid}-" not in run("ip", "netns").stdout
     assert not os.listdir(folder)
     assert not [pid for pid in filter(str.isdigit, os.listdir("/proc")) if str(folder) in process_file(pid, "cmdline")]
-
-
-def test_output_example_is_current(golden_host):
-    names = ("instances.json", "instances.hosts", "instances.nftables_chains", "instances.nftables_sets")
-    made = {name: (golden_host.folder / name).read_text() for name in names}
-    assert made == {name: (EXAMPLES / "output" / name).read_text() for name in names}
