@@ -15,7 +15,7 @@ import pytest
 from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment, run_script
 
 sys.dont_write_bytecode = True  # pytest-xdist's workers do not inherit -B, and the top level is to hold nothing else
-hypothesis.settings.register_profile("here", database=None, deadline=None)
+hypothesis.settings.register_profile("here", database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("here")
 
 if os.environ.get("CI") == "true":

@@ -116,12 +116,6 @@ def test_lintian_finds_no_error_or_warning(built):
     assert result.returncode == 0 and not re.search("^[EW]:", result.stdout, re.MULTILINE), result.stdout
 
 
-def test_each_override_of_lintian_is_explained():
-    lines = (DEBIAN / "instances.lintian-overrides").read_text().splitlines()
-    assert lines[1::2] and all(line.startswith("# ") for line in lines[::2])
-    assert all(line.startswith("instances: ") for line in lines[1::2])
-
-
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_manual_page_says_what_the_program_does(built, program):
     need("man")
