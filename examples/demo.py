@@ -50,14 +50,14 @@ def run(namespace, command, **options):
     return subprocess.run(["ip", "netns", "exec", namespace, *arguments], text=True, **both, **options).stdout
 
 
-def show(namespace, command, pattern, lines=1):
+def show(namespace, command, pattern, lines=1, title=""):
     """Run a command and print it with the lines of its output that match, once there are so many; wait for 20 s."""
     deadline = time.monotonic() + 20
     while len(found := [line for line in run(namespace, command).splitlines() if re.search(pattern, line)]) < lines:
         if time.monotonic() > deadline:
             raise Unexpected(f"expected '{pattern}' of: {command}")
         time.sleep(0.1)
-    print(f"{namespace.rpartition('-')[2]}$ {command}", *(f"    {line.strip()}" for line in found), sep="\n")
+    print(f"{namespace.rpartition('-')[2]}$ {title or command}", *(f"    {line.strip()}" for line in found), sep="\n")
 
 
 def start(namespace, command, log):
@@ -143,9 +143,9 @@ def demonstrate(folder, log):
         time.sleep(0.2)
     show(HOST, cache, MAC[WEB])
 
-    step("With the guard: the same again is dropped, the host knows db, and who did it has a name")
+    step("With the guard: the same again is dropped and counted, and the host knows db")
     make_guard(folder)
-    show(HOST, apply, "bridge.nft")
+    show(HOST, apply, "bridge.nft", title="instances-apply")
     run(HOST, "ip neighbour flush dev br0")
     show(HOST, f"ping -n -c 1 -W 2 {address}", "1 received")
     for _ in range(8):
@@ -162,9 +162,9 @@ def demonstrate(folder, log):
     step("Sets of addresses by name, for firewall rules")
     show(HOST, f"grep -A 3 @web.v4.instance {folder}/instances.nftables_sets", "set|elements", lines=2)
 
-    step("The administrator renames db to store: the names follow")
+    step("The administrator renames db to store: the names follow, and the journal says who was dropped")
     show(HOST, f"instances-update.py --rename {MAC[DB]} store", "store: renamed")
-    show(HOST, apply, "3 instances")
+    show(HOST, apply, "3 instances|dropped", lines=2, title="instances-apply")
     show(WEB, "dig +noall +answer @10.83.0.1 store.instance.internal", address)
     show(WEB, "dig +noall +comments @10.83.0.1 db.instance.internal", "NXDOMAIN")
 
