@@ -27,6 +27,7 @@ DHCP_RANGES = (
 )
 DROPS = [{"goto": {"target": target}} for target in ("instances_drop", "instances_verdict")]
 HAS_BR_NETFILTER = Path("/proc/sys/net/bridge").exists()
+PATIENCE = int(os.environ.get("TEST_PATIENCE", "1"))  # how many times as slow as others a machine may be
 OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
 
@@ -87,7 +88,7 @@ for line in sys.stdin:
 
 def wait_for(condition, what: str, seconds: float = 30):
     """Return the condition's first true value; AssertionError when the deadline has passed without one."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
         time.sleep(0.05)

@@ -84,7 +84,7 @@ def test_spoofed_pings_between_guests_are_dropped(bridge, prefix):
     bridge.is_dropped(attacker, frame, lambda: echoes(target) > heard, chain)
 
 
-@pytest.mark.parametrize("attack", ["ARP reply", "ARP request", "advertisement", "solicitation"])
+@pytest.mark.parametrize("attack", ["ARP reply", "advertisement"])
 def test_neighbour_cache_is_not_poisoned(bridge, attack):
     test_bridge.test_neighbour_cache_is_not_poisoned(bridge, attack, "bystander", "registered")
 
