@@ -236,12 +236,16 @@ def remove(bridge):
     bridge.host.update("--remove", bridge.victim.mac)
 
 
-LOST = {"the registry is lost": lose_registry, "it was removed": remove}
+def renew_guard(bridge):
+    bridge.host.run("nft", "delete", "table", "bridge", "instances")
+    lose_registry(bridge)
 
 
-@pytest.mark.parametrize("cold", [False, True])
+LOST = {"registry lost": lose_registry, "removed": remove, "guard new here": renew_guard}
+
+
 @pytest.mark.parametrize("how", LOST)
-def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge, how, cold):
+def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge, how):
     bridge.reset()
 
     def cut_off():  # for good: dnsmasq has just started, and tells all leases
@@ -250,11 +254,9 @@ def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge,
         return not bridge.victim.pings(HOST4) and bridge.victim.mac not in bridge.host.registry()
 
     wait_for(cut_off, "a guest that is cut off")
-    if cold:
-        bridge.victim.run("ip", "neighbour", "flush", "dev", "eth0")
+    bridge.victim.run("ip", "neighbour", "flush", "dev", "eth0")  # as after some time without an answer
     bridge.renew()
-    known = {address for field, address in bridge.own.items()}
-    wait_for(lambda: known <= {*bridge.host.registry()[bridge.victim.mac].values()}, "its entry")
+    wait_for(lambda: {*bridge.own.values()} <= {*bridge.host.registry()[bridge.victim.mac].values()}, "its entry")
     bridge.victim_is_well()
 
 
@@ -448,7 +450,7 @@ def test_upgrade_from_the_guard_of_version_1_lets_nothing_through(bridge):
         finally:
             over.set()
             thread.join()
-        assert "forged" not in heard()
+        assert heard().count("forged") == 0
         assert "instances_asked" not in host.run("nft", "list", "ruleset").stdout
         bridge.victim_is_well()
         host.run("nft", "flush chain bridge instances at_input")
