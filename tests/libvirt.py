@@ -69,7 +69,7 @@ def start(name, mac, filtered=FILTERED):
 
 def leased(name, mac):
     """Wait until a domain's lease is registered and its name leads there."""
-    until(f"a lease of {name}", lambda: "" if "ipv4" in registry()[mac] else "none", 60)
+    until(f"a lease of {name}", lambda: "" if "ipv4" in registry()[mac] else "none")
     until(f"the name {name}", lambda: "" if resolve(name) == {registry()[mac]["ipv4"]} else "not so")
 
 
