@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import APPLY, EXAMPLES, PROCESS, UPDATE, Host, Namespace, environment, has_ibrname, run, wait_for
+from lab import EXAMPLES, PROCESS, UPDATE, Host, Namespace, environment, has_ibrname, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -110,10 +110,10 @@ class Member(Host):
     def guard(self):
         """Load the guard, and do the service's work on each marker."""
         self.rules.joinpath("network.nft").write_text(self.shipped("network.nft"))
-        settings = self.write_settings(INSTANCES_RULES=self.rules)
-        self.run(APPLY, settings)
-        service = 'while sleep 0.1; do [ ! -e "$1" ] || "$2" "$3"; done'
-        self.start_logged("service.log", "sh", "-c", service, "sh", f"{self.base}.updated", APPLY, settings)
+        self.write_settings()
+        self.run(*self.applying())
+        service = 'while sleep 0.1; do [ ! -e "$0" ] || ("$@"); done'
+        self.start_logged("service.log", "sh", "-c", service, f"{self.base}.updated", *self.applying())
 
     def start_names(self):
         """Do what instances-names.service does."""
@@ -169,7 +169,7 @@ class Site:
     def __init__(self, folder):
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
-        for script in (UPDATE, PROCESS, APPLY, FOLDER / "instances-follow.py", FOLDER / "instances-lead.py"):
+        for script in (UPDATE, PROCESS, FOLDER / "instances-follow.py", FOLDER / "instances-lead.py"):
             shutil.copy(script, self.bin)
         self.hosts = []
         self.switch = Namespace("switch")
@@ -255,8 +255,8 @@ def followers(site):
         a.run("ip", "address", "add", address, "dev", "br0", "nodad")
     for host in site.hosts:
         host.start_follow("a")
-    wait_for(lambda: not Path(f"{a.base}.follows").exists(), "etcd has none yet")
-    a.update("--initialize", "br0", "host")
+    initialize = (sys.executable, UPDATE, "--initialize", "br0", "host")  # refused until etcd was asked
+    wait_for(lambda: a.run(*initialize, env=environment(a.base), check=False).returncode == 0, "the host's entry")
     a.start_dnsmasq(config=a.example("dnsmasq/br0.conf"))
     site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11") for n, host in enumerate(site.hosts)]
     for guest in site.guests:
