@@ -133,6 +133,14 @@ def mounted(mounts: dict[str, Path]) -> list[str]:
     return ["unshare", "--mount", "sh", "-ec", f'{mounting}exec "$@"', "sh"]
 
 
+def make_etc(folder: Path) -> Path:
+    """Make a folder to be mounted in the place of /etc; return it."""
+    for name in ("passwd", "group", "nsswitch.conf"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(Path("/etc", name).read_bytes())
+    return folder
+
+
 class Namespace:
     """A network namespace and the processes started in it."""
 

@@ -4,13 +4,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, OPEN, Host, Namespace, environment, is_alive, run, wait_for
+from lab import EXAMPLES, OPEN, Host, Namespace, environment, is_alive, make_etc, mounted, process_file, run, wait_for
 
 pytestmark = pytest.mark.slow
 FOLDER = EXAMPLES / "egress"
@@ -54,7 +55,7 @@ class Outside(Namespace):
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    need("flock", "nsenter", "unshare", "chroot", "getent", *PROGRAMS)
+    need("nsenter", "unshare", "chroot", "getent", *PROGRAMS)
     outside = Outside(tmp_path_factory.mktemp("outside"))
     yield outside
     if outside in OPEN:  # as it is not after a run that was broken off
@@ -62,23 +63,31 @@ def outside(tmp_path_factory):
 
 
 class Egress:
-    """The scripts with their files in a folder, run in a namespace."""
+    """The program with files in a folder that is /etc for it, run in a namespace, and a systemctl that is a script."""
 
     def __init__(self, folder: Path, node: Namespace | None = None):
-        self.folder, self.lists = folder, folder / "lists"
-        self.prefix = node.command() if node else []
-        self.env = environment(folder / "instances", EGRESS_LISTS=str(self.lists), EGRESS_RUN=str(folder))
-        self.env |= {"EGRESS_CONFIG": str(folder / "egress.conf"), "EGRESS_RESTART": f"sh {folder}/restart"}
-        self.lists.mkdir(exist_ok=True)
+        self.folder, etc = folder, make_etc(folder / "outer")
+        self.lists, self.config, self.restart = etc / "egress", etc / "dnsmasq.d" / "egress.conf", folder / "restart"
+        for made in (self.lists, self.config.parent, folder / "bin"):
+            made.mkdir(exist_ok=True)
+        self.program("systemctl", f'[ "$*" = "restart dnsmasq" ] && exec sh {self.restart}')
+        self.prefix = [*(node.command() if node else []), *mounted({"/etc": etc})]
+        self.env = environment(folder / "instances")
+        self.env["PATH"] = f"{folder}/bin:{self.env['PATH']}"
 
-    def start(self, *arguments: str, script: str = "egress.sh", **variables: str) -> subprocess.Popen:
-        """Start a script."""
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([*self.prefix, FOLDER / script, *arguments], env=self.env | variables, **streams)
+    def program(self, name: str, text: str) -> None:
+        """Put a script before another program of this name."""
+        (self.folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (self.folder / "bin" / name).chmod(0o755)
 
-    def __call__(self, *arguments: str, **options: str) -> subprocess.CompletedProcess:
-        process = self.start(*arguments, **options)
-        out, err = process.communicate(timeout=30)
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        """Start the program."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": self.env} | options
+        return subprocess.Popen([*self.prefix, FOLDER / "instances-egress", *arguments], **streams)
+
+    def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -87,7 +96,8 @@ class Egress:
 
 @pytest.fixture
 def lists(tmp_path):
-    """The script and its lists, without a network."""
+    """The program and its lists, without a network."""
+    need("unshare")
     return Egress(tmp_path)
 
 
@@ -101,7 +111,7 @@ def test_egress_example_merges_its_lists(lists):
     assert lists("list").stdout.split() == ["a.example.org", "b.example.org", "c.d", "d.example.org"]
     for wrong in (("allow",), ("begin",), ()):
         result = lists(*wrong)
-        assert result.returncode == 2 and result.stderr.startswith("usage: ") and result.stderr.count("\n") == 1
+        assert result.returncode == 2 and result.stderr.startswith("usage: ")
 
 
 @pytest.mark.parametrize(
@@ -159,48 +169,43 @@ def test_egress_example_takes_no_time_for_thousands_of_domains(lists):
 
 
 def refused(lists: Egress, text: str) -> subprocess.CompletedProcess:
-    """Apply with this stand-in for a dnsmasq that says no."""
-    stand_in = lists.folder / "bin" / "dnsmasq"
-    stand_in.parent.mkdir()
-    stand_in.write_text(f"#!/bin/sh\n{text}\n")
-    stand_in.chmod(0o755)
-    (lists.folder / "restart").write_text(f"touch {lists.folder}/restarted\n")
-    (lists.folder / "egress.conf").write_text("# old\n")
+    """Apply with this stand-in for a dnsmasq, and nothing to be seen of it afterwards."""
+    lists.program("dnsmasq", text)
+    lists.restart.write_text(f"touch {lists.folder}/restarted\n")
+    lists.config.write_text("# old\n")
     lists("allow", "good.example")
-    return lists("apply", PATH=f"{stand_in.parent}:{lists.env['PATH']}")
+    result = lists("apply")
+    assert lists.config.read_text() == "# old\n" and not (lists.folder / "restarted").exists()
+    assert [path.name for path in lists.config.parent.iterdir()] == ["egress.conf"]
+    return result
 
 
-@pytest.mark.parametrize("fault", ["nftset", "test"])
-def test_egress_example_leaves_the_old_dnsmasq_where_a_check_fails(lists, fault):
-    built = "no-nftset" if fault == "nftset" else "nftset"
-    text = f'[ "$1" = --version ] && echo "IPv6 {built} auth" && exit\necho "bad option" >&2; exit 1'
-    result = refused(lists, text)
-    assert result.returncode == 1 and ("no nftset" if fault == "nftset" else "bad option") in result.stderr
-    assert (lists.folder / "egress.conf").read_text() == "# old\n" and not (lists.folder / "restarted").exists()
-    assert not list(lists.folder.glob(".egress*"))
+def test_egress_example_leaves_the_old_dnsmasq_where_it_does_not_know_the_options(lists):
+    result = refused(lists, 'echo "recompile with HAVE_NFTSET defined" >&2; exit 1')
+    assert result.returncode == 1 and "nothing is changed: recompile with HAVE_NFTSET" in result.stderr
+
+
+@pytest.mark.parametrize("harm", ["s/;#delete/#delete/", "s/#;#delete.*//", "s/,4#.*//"])
+def test_egress_example_leaves_the_old_dnsmasq_where_it_would_not_renew_addresses(lists, harm):
+    result = refused(lists, f"sed '{harm}' | /usr/sbin/dnsmasq \"$@\"")
+    assert result.returncode == 1 and "do not renew the time" in result.stderr
+    lists.program("dnsmasq", 'exec /usr/sbin/dnsmasq "$@"')
+    assert lists("apply").returncode == 0 and (lists.folder / "restarted").exists()
 
 
 @pytest.mark.parametrize("before", ["# old\n", None])
 def test_egress_example_brings_the_old_configuration_back_where_dnsmasq_does_not_start(lists, before):
-    main, config = lists.folder / "main.conf", lists.folder / "egress.conf"
-    main.write_text(f"cache-size=1000\nconf-file={config}\n")  # twice: dnsmasq refuses that
-    (lists.folder / "restart").write_text(f"dnsmasq --test --conf-file={main}; echo $? >>{lists.folder}/restarts\n")
-    with open(lists.folder / "restart", "a") as file:
-        file.write(f'test "$(tail -n 1 {lists.folder}/restarts)" = 0\n')
-    config.write_text(before or "")
-    if before is None:
-        main.write_text(f"cache-size=1000\nconf-dir={lists.folder},egress.conf\n")
-        config.unlink()
-        (lists.folder / "restart").write_text(
-            f'test ! -e {config}; echo $? >>{lists.folder}/restarts; test "$(tail -n 1 {lists.folder}/restarts)" = 0\n'
-        )
+    log = lists.folder / "restarts"  # with the old configuration, and only with that, it starts
+    there = f"grep -qx '# old' {lists.config}" if before else f"[ ! -e {lists.config} ]"
+    lists.restart.write_text(f"{there}; status=$?; echo $status >>{log}; exit $status\n")
+    if before:
+        lists.config.write_text(before)
     lists("allow", "good.example")
     result = lists("apply")
     assert result.returncode == 1 and "the old one is back" in result.stderr
-    assert (config.read_text() if config.exists() else None) == before
-    statuses = (lists.folder / "restarts").read_text().split()
-    assert statuses[0] != "0" and statuses[1] == "0"
-    assert not list(lists.folder.glob(".egress*"))
+    assert (lists.config.read_text() if lists.config.exists() else None) == before
+    assert log.read_text().split() == ["1", "0"]
+    assert len(list(lists.config.parent.iterdir())) == (1 if before else 0)
 
 
 # A bridge, with the instance web on it
@@ -222,9 +227,9 @@ class Bridge(Host):
         self.update("add", self.web.mac, "10.83.0.11", "web")
         self.process()
         options = ["interface=br0", "bind-interfaces", "no-resolv", "no-hosts", "user=root", "server=192.0.2.53"]
-        options += [f"pid-file={folder}/dnsmasq.pid", f"conf-file={folder}/egress.conf", f"hostsdir={folder}/hosts.d"]
+        options += [f"pid-file={folder}/dnsmasq.pid", f"conf-file={self.egress.config}", f"hostsdir={folder}/hosts.d"]
         (folder / "main.conf").write_text("\n".join(options) + "\n")
-        (folder / "restart").write_text(
+        self.egress.restart.write_text(
             f"cd {folder}\n"
             "if pid=$(cat dnsmasq.pid 2>/dev/null); then\n"
             "    kill $pid; while grep -qs 'State:.[^ZX]' /proc/$pid/status; do sleep 0.1; done\n"
@@ -399,7 +404,7 @@ class Container(Namespace):
     def program(self) -> str:
         """Return the command line of the container's first process."""
         pid = (self.folder / "pid").read_text().strip()
-        return Path(f"/proc/{pid}/cmdline").read_text() if pid else ""
+        return process_file(pid, "cmdline") if pid else ""
 
     def inside(self, *command: str) -> subprocess.CompletedProcess:
         """Run a command in the container."""
@@ -414,80 +419,110 @@ class Container(Namespace):
         """Return the container's tables."""
         return self.run("nft", "list", "tables").stdout
 
+    def dnsmasq(self) -> list[str]:
+        """Return the process IDs of the dnsmasqs in the container's network."""
+        pids = run("ip", "netns", "pids", self.name).stdout.split()
+        return [pid for pid in pids if process_file(pid, "comm") == "dnsmasq\n"]
+
 
 class Guard:
-    """container.sh, run where /etc/resolv.conf is a file of ours, so that a fault does not change the machine's."""
+    """The program for one container, run where /etc is a folder of ours, so that no fault changes the machine's."""
 
     def __init__(self, folder: Path, outside: Outside):
-        self.outer = folder / "outer.conf"
-        self.outer.write_text("# the machine's\n")
-        self.egress = Egress(folder, outside)
-        bound = f'mount --bind {self.outer} /etc/resolv.conf; exec "$@"'
-        self.egress.prefix = outside.command("unshare", "-m", "sh", "-euc", bound, "-")
+        self.egress, self.started = Egress(folder, outside), []
         self.egress("allow", "good.example")
 
-    def __call__(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-        return self.egress(*arguments, script="container.sh", **variables)
+    def start(self, pid: str, upstream: str = "192.0.2.53", **variables: str) -> subprocess.Popen:
+        """Start it; return when all is in force, or it has ended."""
+        log = self.egress.folder / f"log{len(self.started)}"
+        with open(log, "w") as file:
+            self.started.append(
+                self.egress.start("container", pid, upstream, stderr=file, env=self.egress.env | variables)
+            )
+        process = self.started[-1]
+        wait_for(lambda: "started" in log.read_text() or process.poll() is not None, "the start")
+        process.log = log
+        return process
 
-    def dnsmasq(self) -> list[str]:
-        """Return the process IDs of the dnsmasqs that were started."""
-        return [path.read_text().strip() for path in self.egress.folder.glob("egress.*.pid")]
+    def stop(self, process: subprocess.Popen) -> int:
+        """Tell it to end; return its exit status."""
+        process.terminate()
+        return process.wait(30)
 
 
 @pytest.fixture
 def guard(tmp_path, outside):
     guard = Guard(tmp_path, outside)
+    before = {path: path.read_bytes() for path in (tmp_path / "outer").iterdir() if path.is_file()}
     yield guard
-    assert guard.outer.read_text() == "# the machine's\n"
+    for process in guard.started:
+        process.kill()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "outer").iterdir() if path.is_file()}
 
 
 @pytest.fixture
 def container(tmp_path, outside, guard, request):
     container = Container(outside, tmp_path, getattr(request, "param", "chroot"))
     yield container
-    guard("stop", container.pid)
+    for pid in container.dnsmasq():  # where a test failed
+        os.kill(int(pid), signal.SIGKILL)
     container.close()
-    for process in filter(is_alive, guard.dnsmasq()):  # where a test failed
-        os.kill(int(process), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("container", ["etc", "chroot", "read-only"], indirect=True)
 def test_egress_example_guards_one_container_by_itself(container, guard):
     before = (container.etc / "resolv.conf").read_bytes()
-    started = guard("start", container.pid, "192.0.2.53")
-    assert started.returncode == 0 and "started" in started.stderr
+    started = guard.start(container.pid)
+    assert started.poll() is None, started.log.read_text()
     assert (container.etc / "resolv.conf").read_bytes() == before
-    again = guard("start", container.pid, "192.0.2.53")
-    assert again.returncode == 1 and "runs already" in again.stderr
+    again = guard.start(container.pid)
+    assert again.wait(30) == 1 and "nothing is changed" in again.log.read_text()
     assert not container.reaches("192.0.2.80"), "nobody has resolved it yet"
     assert container.reaches("good.example")
     resolved = container.inside("getent", "ahostsv4", "bad.example").stdout
     assert "192.0.2.81" in resolved and not container.reaches("192.0.2.81")
     other = container.inside("dig", "+short", "+timeout=1", "+tries=1", "@192.0.2.80", "good.example").stdout
     assert other == "192.0.2.80\n", "whichever resolver is asked, it is ours that answers"
-    (dnsmasq,) = guard.dnsmasq()
-    assert guard("stop", container.pid).returncode == 0 and not is_alive(dnsmasq)
+    assert container.dnsmasq() and guard.stop(started) == 0 and container.dnsmasq() == []
     assert container.tables() == "" and container.reaches("bad.example")
     assert (container.etc / "resolv.conf").read_bytes() == before
-    assert "did not run" in guard("stop", container.pid).stderr
 
 
-def test_egress_example_leaves_nothing_of_a_container_that_was_restarted(container, guard, outside):
+def test_egress_example_ends_with_the_container_and_leaves_nothing(container, guard, outside):
     before = (container.etc / "resolv.conf").read_bytes()
-    assert guard("start", container.pid, "192.0.2.53").returncode == 0
-    (dnsmasq,) = guard.dnsmasq()
+    started = guard.start(container.pid)
+    (dnsmasq,) = container.dnsmasq()
     container.stop(container.first, signal.SIGKILL)
-    wait_for(lambda: not is_alive(dnsmasq) and not guard.dnsmasq(), "the end of the old dnsmasq")
+    assert started.wait(30) == 0 and not is_alive(dnsmasq)
     assert (container.etc / "resolv.conf").read_bytes() == before
     restarted = Container(outside, container.folder, "chroot", "again")
     try:
         assert restarted.reaches("bad.example"), "resolves as before"
-        assert guard("start", restarted.pid, "192.0.2.53").returncode == 0
+        again = guard.start(restarted.pid)
         assert restarted.reaches("good.example") and not restarted.reaches("bad.example")
-        assert guard("stop", restarted.pid).returncode == 0
+        assert guard.stop(again) == 0
         assert (container.etc / "resolv.conf").read_bytes() == before and restarted.reaches("bad.example")
     finally:
         restarted.close()
+
+
+def test_egress_example_fails_and_keeps_the_rules_where_the_dnsmasq_of_a_container_ends(container, guard):
+    started = guard.start(container.pid)
+    assert container.reaches("good.example")
+    (dnsmasq,) = container.dnsmasq()
+    os.kill(int(dnsmasq), signal.SIGKILL)
+    assert started.wait(30) == 1 and "its dnsmasq has ended" in started.log.read_text()
+    assert not container.reaches("192.0.2.81")
+    again = guard.start(container.pid)
+    assert container.reaches("good.example") and guard.stop(again) == 0
+
+
+def test_egress_example_tells_systemd_when_a_container_is_guarded(container, guard):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(guard.egress.folder / "notify"))
+        systemd.settimeout(30)
+        guard.start(container.pid, NOTIFY_SOCKET=str(guard.egress.folder / "notify"))
+        assert systemd.recv(100) == b"READY=1" and "inet egress" in container.tables()
 
 
 def test_egress_example_lets_a_container_have_its_leases(container, guard, outside):
@@ -504,7 +539,7 @@ def test_egress_example_lets_a_container_have_its_leases(container, guard, outsi
     options += ["--dhcp-range=fd83:5eed::100,fd83:5eed::1ff,80,120", f"--dhcp-leasefile={folder}/leases"]
     server = outside.start("dnsmasq", *options)
     try:
-        assert guard("start", container.pid, "192.0.2.53").returncode == 0
+        assert guard.start(container.pid).poll() is None
         (folder / "script").write_text("#!/bin/sh\n")
         (folder / "script").chmod(0o755)
         files = ["-lf", folder / "lease6", "-pf", folder / "pid6", "-sf", folder / "script"]
@@ -520,51 +555,49 @@ def test_egress_example_lets_a_container_have_its_leases(container, guard, outsi
 
 @pytest.mark.parametrize("fault", ["port", "nft"])
 def test_egress_example_undoes_a_start_that_fails_half_way(container, guard, fault):
-    variables = {}
     if fault == "port":
         code = "import socket, time\ntaken = [socket.socket(2, kind) for kind in (1, 1, 2, 2)]\n"
         code += "for each, port in zip(taken, (53, 10053) * 2):\n    each.bind(('127.0.0.1', port))\n"
         code += "for each in taken[:2]:\n    each.listen()\nprint(flush=True)\ntime.sleep(600)"
         container.start("python3", "-c", code, stdout=subprocess.PIPE).stdout.readline()
     else:
-        stand_in = guard.egress.folder / "bin" / "nft"
-        stand_in.parent.mkdir()
-        stand_in.write_text("#!/bin/sh\nexit 1\n")
-        stand_in.chmod(0o755)
-        variables["PATH"] = f"{stand_in.parent}:{guard.egress.env['PATH']}"
-    result = guard("start", container.pid, "192.0.2.53", **variables)
-    assert result.returncode == 1 and "nothing is changed" in result.stderr
-    assert container.tables() == "" and guard.dnsmasq() == [] and container.reaches("bad.example")
-    pids = run("ip", "netns", "pids", container.name).stdout.split()
-    assert pids and not [pid for pid in pids if "dnsmasq" in Path(f"/proc/{pid}/cmdline").read_text()]
+        text = 'rules=$(cat); case $rules in *"chain output"*) exit 1 ;; esac\n'
+        guard.egress.program("nft", text + 'printf "%s\\n" "$rules" | /usr/sbin/nft "$@"')
+    started = guard.start(container.pid)
+    assert started.wait(30) == 1 and "nothing is changed" in started.log.read_text()
+    assert container.tables() == "" and container.dnsmasq() == [] and container.reaches("bad.example")
 
 
 def test_egress_example_refuses_a_process_with_the_network_of_the_host(guard, outside):
-    outside.run("nft", "add", "table", "inet", "egress")
     process = outside.start("sleep", "600")
-    try:
-        for pid in (str(process.pid), "1"):
-            for arguments in (("start", pid, "192.0.2.53"), ("stop", pid)):
-                result = guard(*arguments)
-                assert result.returncode == 1
-                assert "host's network" in result.stderr or (pid == "1" and "may look into" in result.stderr)
-        assert outside.run("nft", "list", "tables").stdout == "table inet egress\n"
-        outside.stop(process)
-        assert "no such process" in guard("stop", str(process.pid)).stderr
-    finally:
-        outside.run("nft", "delete", "table", "inet", "egress")
+    for pid in (str(process.pid), "1"):
+        started = guard.start(pid)
+        assert started.wait(30) == 1 and "host's network" in started.log.read_text()
+    outside.stop(process)
+    started = guard.start(str(process.pid))
+    assert started.wait(30) == 1 and "No such process" in started.log.read_text()
+    assert outside.run("nft", "list", "tables").stdout == ""
 
 
 def test_egress_example_starts_once_when_started_twice_at_once(container, guard):
-    command = ("start", container.pid, "192.0.2.53")
-    processes = [guard.egress.start(*command, script="container.sh") for _ in range(3)]
-    assert sorted(process.communicate(timeout=30) and process.returncode for process in processes) == [0, 1, 1]
-    assert container.reaches("good.example")
+    started = [guard.egress.start("container", container.pid, "192.0.2.53") for _ in range(3)]
+    try:
+        wait_for(lambda: [process.poll() for process in started].count(1) == 2, "the end of two")
+        wait_for(lambda: container.reaches("good.example"), "the start of one")
+        assert [process.poll() for process in started].count(None) == 1 and len(container.dnsmasq()) == 1
+    finally:
+        for process in started:
+            process.terminate()
+            process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize(
-    "arguments", ["", "start", "start 1", "stop x", "start 1 resolver", "start 1 cafe", "start 1 1.2.3", "stop 1 2"]
-)
+@pytest.mark.parametrize("arguments", ["container", "container 1", "container x 192.0.2.53", "container 1 2 3"])
 def test_egress_example_container_usage(lists, arguments):
-    result = lists(*arguments.split(), script="container.sh")
-    assert result.returncode == 2 and result.stderr.startswith("usage: ") and result.stderr.count("\n") == 1
+    result = lists(*arguments.split())
+    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+
+
+@pytest.mark.parametrize("resolver", ["resolver", "cafe", "1.2.3"])
+def test_egress_example_refuses_what_is_no_address_of_a_resolver(lists, resolver):
+    result = lists("container", "1", resolver)
+    assert result.returncode == 1 and resolver in result.stderr and result.stderr.count("\n") == 1
