@@ -427,7 +427,7 @@ def test_upgrade_from_the_guard_of_version_1_lets_nothing_through(bridge):
     bridge.reset(guard=False)
     elements = [f"instances_ip {{ {bridge.own['ipv4']} . {bridge.victim.mac} }}"]
     elements += [f"instances_ip6 {{ 0x{packed(a).hex()} . {bridge.victim.mac} }}" for a in bridge.addresses6]
-    old = (Path(__file__).parent / "golden" / "bridge-until-2.nft").read_text()
+    old = (Path(__file__).parent / "bridge-until-2.nft").read_text()
     host.run("nft", "-f", "-", input=old + "".join(f"add element bridge instances {e}\n" for e in elements))
     with hearing(host) as heard:
         bridge.is_dropped("instances_drop_ip", attacker, frames[0] / "forged")
