@@ -310,8 +310,8 @@ def last_words():
     assert "web" not in [i["name"] for i in registry().values()]
     incus("config", "set", "web", "user.x=1")
     until("the registry was lost", lambda: known())
-    (MISC / "lost").rename(MISC / "instances.json")
-    (MISC / "instances.updated").touch()
+    restore = "cd /var/lib/misc && touch instances.updated && mv lost instances.json"
+    run("flock", MISC / "instances.lock", "sh", "-c", restore)
     settle("the registry is back")
 
 
