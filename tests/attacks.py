@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import HOST_MAC, UPDATE, Client, Host, wait_for
+from lab import HAS_BR_NETFILTER, HOST_MAC, UPDATE, Client, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 igmp = pytest.importorskip("scapy.contrib.igmp")
+NEEDS_BR_NETFILTER = pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")
 ATTACKERS = ["registered", "unregistered"]
 HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
 EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"

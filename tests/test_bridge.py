@@ -13,12 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from attacks import ATTACKERS, EVERYONE, HOST_LLA, gives_up, hearing, packed, scapy
+from attacks import ATTACKERS, EVERYONE, HOST_LLA, NEEDS_BR_NETFILTER, gives_up, hearing, packed, scapy
 from conftest import PROGRAMS, need
-from lab import CHAINS, HAS_BR_NETFILTER, Client, Host, wait_for
+from lab import CHAINS, Client, Host, wait_for
 
 pytestmark = pytest.mark.slow
-BR_NETFILTER = pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")
 FAR = "2001:67c:99::1"  # an address beyond the router
 
 
@@ -75,7 +74,7 @@ class Bridge:
         assert effect is None or not effect()
 
 
-@pytest.fixture(scope="module", params=["chains", pytest.param("br_netfilter", marks=BR_NETFILTER)])
+@pytest.fixture(scope="module", params=["chains", pytest.param("br_netfilter", marks=NEEDS_BR_NETFILTER)])
 def bridge(request, tmp_path_factory):
     need(*PROGRAMS)
     host, rules = Host(tmp_path_factory.mktemp("bridge"), bridge=False), None

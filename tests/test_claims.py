@@ -256,7 +256,9 @@ def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge,
     wait_for(cut_off, "a guest that is cut off")
     bridge.victim.run("ip", "neighbour", "flush", "dev", "eth0")  # as after some time without an answer
     bridge.renew()
-    wait_for(lambda: {*bridge.own.values()} <= {*bridge.host.registry()[bridge.victim.mac].values()}, "its entry")
+    wait_for(
+        lambda: {*bridge.own.values()} <= {*bridge.host.registry().get(bridge.victim.mac, {}).values()}, "its entry"
+    )
     bridge.victim_is_well()
 
 

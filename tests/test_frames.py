@@ -6,13 +6,13 @@ br_netfilter straightens frames before the guard sees them, so it is off here, b
 import contextlib
 import random
 import subprocess
-import sys
 
 import pytest
 from attacks import (
     EVERYONE,
     HOST4,
     HOST6,
+    NEEDS_BR_NETFILTER,
     NODES,
     SNIFFER,
     bootp,
@@ -25,12 +25,12 @@ from attacks import (
     own_duid,
     scapy,
 )
-from lab import CHAINS, HAS_BR_NETFILTER, wait_for
+from lab import CHAINS, wait_for
 
 pytestmark = pytest.mark.slow
 LLDP = "01:80:c2:00:00:0e"  # a group address that no bridge forwards
 GROUP4 = "239.83.0.1"
-BR_NETFILTER = [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter"))]
+BR_NETFILTER = [False, pytest.param(True, marks=NEEDS_BR_NETFILTER)]
 
 
 @pytest.fixture(autouse=True)
@@ -142,18 +142,16 @@ def joining(bridge, start):
     host = bridge.host
     host.stop_dnsmasq()
     client = host.client(f"new{len(host.clients)}", f"10:66:6a:4c:b0:0{len(host.clients)}")
-    path = client.folder / "sent"
-    with open(path, "w") as file:
-        client.start(sys.executable, "-c", SNIFFER, stdout=file)
-    start(client)
-
-    def last():
-        own = [line for line in path.read_text().split("\n")[:-1] if line[12:24] == octets(client.mac).hex()]
-        frames = [scapy.Ether(bytes.fromhex(line)) for line in own]
-        return [f for f in frames if scapy.UDP in f and f.dport in (67, 547)][-1:]
-
     try:
-        yield client, lambda: wait_for(last, "a message of the client's")[0]
+        with hearing(client, SNIFFER) as sent:
+            start(client)
+
+            def last():
+                own = [line for line in sent().split("\n")[:-1] if line[12:24] == octets(client.mac).hex()]
+                frames = [scapy.Ether(bytes.fromhex(line)) for line in own]
+                return [f for f in frames if scapy.UDP in f and f.dport in (67, 547)][-1:]
+
+            yield client, lambda: wait_for(last, "a message of the client's")[0]
     finally:
         client.close()
         host.clients.remove(client)
