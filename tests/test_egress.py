@@ -583,8 +583,9 @@ def test_egress_example_starts_once_when_started_twice_at_once(container, guard)
     started = [guard.egress.start("container", container.pid, "192.0.2.53") for _ in range(3)]
     try:
         wait_for(lambda: [process.poll() for process in started].count(1) == 2, "the end of two")
-        wait_for(lambda: container.reaches("good.example"), "the start of one")
+        wait_for(lambda: "inet egress" in container.tables(), "the start of one")
         assert [process.poll() for process in started].count(None) == 1 and len(container.dnsmasq()) == 1
+        assert container.reaches("good.example")
     finally:
         for process in started:
             process.terminate()

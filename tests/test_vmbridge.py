@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import DOMAIN, EXAMPLES, UPDATE, Client, Host, Namespace, is_alive, wait_for
+from lab import DOMAIN, EXAMPLES, UPDATE, Client, Host, Namespace, is_alive, make_etc, mounted, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +26,7 @@ class VMBridge:
         for folder in (*hooks, self.runtime, self.sbin):
             folder.mkdir(parents=True)
         host.folder.chmod(0o755)  # dnsmasq's user reads /var/lib/misc
-        for name in ("passwd", "group", "nsswitch.conf"):
-            (self.etc / name).write_bytes(Path("/etc", name).read_bytes())
+        make_etc(self.etc)
         (self.etc / "hosts").write_text("10.83.0.20 fixed\n10.83.0.1 router\n")
         (self.etc / "ethers").write_text("10:66:6a:4c:a1:20 10.83.0.20\n")
         (self.etc / "resolv.conf").write_text("nameserver 192.0.2.53\n")
@@ -44,8 +43,7 @@ class VMBridge:
 
     def command(self, *arguments: str) -> list[str]:
         """Return the command that runs another in the mount namespace."""
-        mounting = "".join(f"mount --bind '{here}' {there}\n" for there, here in self.mounts.items())
-        return ["unshare", "-m", "sh", "-ec", f'{mounting}exec "$@"', "sh", *arguments]
+        return [*mounted(self.mounts), *arguments]
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         """Run a command in the mount namespace, in the environment of a boot: with a PATH only."""
@@ -285,6 +283,40 @@ def test_vmbridge_names_are_the_registrys_and_not_the_clients(vmbridge):
     bound = thief.events().splitlines()[-1]
     assert bound.startswith("bound 10.83.0.") and f"bound {address} " not in bound
     assert bound.endswith(f" domain={DOMAIN} search={DOMAIN}")
+
+
+RESOLVER = """\
+import socket
+asked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+asked.bind(("192.0.2.53", 53))
+print("ready", flush=True)
+while True:
+    print(asked.recv(512), flush=True)
+"""
+
+
+def test_vmbridge_asks_nobody_about_addresses_of_its_own_network(vmbridge, outside):
+    log = vmbridge.host.folder / "asked"
+    with open(log, "w") as file:
+        outside.start(sys.executable, "-c", RESOLVER, stdout=file)
+    wait_for(lambda: "ready" in log.read_text(), "the host's resolver")
+    vmbridge("start")
+    web = guest(vmbridge, "web", 11)
+    for address in ("10.83.0.99", "198.51.100.99"):
+        web.run("dig", "+timeout=1", "+tries=1", "@10.83.0.1", "-x", address, check=False)
+    wait_for(lambda: "198" in log.read_text(), "a question about another network")
+    assert "\\x0283" not in log.read_text()
+
+
+def test_vmbridge_reads_settings_and_evaluates_none(vmbridge):
+    (vmbridge.etc / "default").mkdir()
+    text = "# settings\nINSTANCES_BASE_ID='br0' # ours\nINSTANCES_HOSTS_DOMAIN=\".a.example,.b.example\"\nexit 7\n"
+    text += "INSTANCES_ADDRESS_SETS=$(touch /run/vmbridge-evaluated)\ntouch /run/vmbridge-run"
+    (vmbridge.etc / "default" / "instances").write_text(text)
+    assert vmbridge("start").returncode == 0
+    options = Path(f"/proc/{vmbridge.pid()}/cmdline").read_text().split("\0")
+    assert "--local=/a.example/" in options and "--hostsdir=/var/lib/misc/instances-br0.hosts.d" in options
+    assert sorted(path.name for path in vmbridge.runtime.glob("vmbridge*")) == ["vmbridge.br0.nft", "vmbridge.br0.pid"]
 
 
 LISTENER = """\

@@ -146,40 +146,60 @@ def replace_file(path, text):
     os.rename(temporary, path)
 
 
-def main(arguments):
-    """Make the file where its content changed; return the exit status."""
-    kind = arguments[0] if arguments else ""
-    if kind in ("-h", "--help"):
-        print(USAGE)
-        return 0
-    if not (kind in ("zone", "tinydns") and len(arguments) > 4 or kind == "avahi" and arguments[3:] == ["local"]):
-        print(USAGE, file=sys.stderr)
-        return 2
-    _, hosts, path, domain, *words = arguments
+def take_lock(path):
+    """Take the lock of a file or folder, to the end of this run. TimeoutError if another run has it for 30 s."""
+    descriptor = os.open(path, os.O_RDONLY)
+    for _ in range(300):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise TimeoutError(f"another one is at work for 30 s: see fuser -v {path}")
+
+
+def read_made(path, kind, head, has_serial):
+    """Return a file's text, "" if there is none, and its serial. ValueError if it was not made so for the kind."""
+    if not os.path.exists(path):
+        return "", None
+    with open(path, encoding="ascii") as file:
+        text = file.read()
+    serial = serial_of(text)
+    if text and (not text.startswith(head) or has_serial and serial is None):
+        raise ValueError(f"{path}: not as this program makes it for {kind}: move it away")
+    return text, serial
+
+
+def make_file(kind, hosts, path, domain, *words):
+    """Make the file where its content changed."""
     servers = read_servers(words, check_domain(domain, 253 - len(".wan.") - 63))
     make = {"zone": zone_text, "tinydns": tinydns_text, "avahi": avahi_text}[kind]
     path = os.path.realpath(path)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # to the end of this run: another one sees what it wrote
+    take_lock(os.path.dirname(path))  # another run sees what this one wrote
     records = records_of(read_hosts(hosts), kind, domain, servers)
-    old = ""
-    if os.path.exists(path):
-        with open(path, encoding="ascii") as file:
-            old = file.read()
     text = make(records, domain, servers)
-    serial = serial_of(old)
-    if old and (not old.startswith(text.partition("\n")[0]) or servers and serial is None):
-        raise ValueError(f"{path}: not as this program makes it for {kind}: move it away")
+    old, serial = read_made(path, kind, text.partition("\n")[0], bool(servers))
     if text.replace("@SERIAL@", str(serial)) != old:
         serial = next_serial(serial or 0, int(time.time()))
         replace_file(path, text.replace("@SERIAL@", str(serial)))
         say(f"{path}: {len(records)} addresses{f', serial {serial}' if servers else ''}")
-    return 0
+
+
+def main(arguments):
+    """Do what the arguments say; return the exit status."""
+    match arguments:
+        case ["zone" | "tinydns", _, _, _, _, *_] | ["avahi", _, _, "local"]:
+            make_file(*arguments)
+            return 0
+        case ["-h" | "--help"]:
+            print(USAGE)
+            return 0
+    print(USAGE, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        say(f"error: {error}")
+    except (OSError, ValueError, KeyboardInterrupt) as error:
+        say(f"error: {str(error) or 'interrupted'}")
         sys.exit(1)
