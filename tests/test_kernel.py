@@ -10,53 +10,35 @@ from pathlib import Path
 
 import pytest
 import test_bridge
+from attacks import scapy
 from conftest import PROGRAMS, need
-from lab import PROCESS, Client, Host, has_ibrname, run_script, wait_for
-from test_bridge import Bridge, addresses, scapy
+from lab import HAS_BR_NETFILTER, Client, Host, has_ibrname, wait_for
+from test_bridge import Bridge, addresses
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path("/proc/sys/net/bridge").exists(), reason="needs br_netfilter, as kernel.sh has it"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")]
 # A kernel without `meta ibrname` may know no VLANs either.
 debian_s_kernel = pytest.mark.skipif(not has_ibrname(), reason="needs `meta ibrname`, as kernel.sh has it")
-
-
-class Shipped(Bridge):
-    """A bridge with nftables/bridge.nft as it is."""
-
-    def __init__(self, host: Host, calls: str, rules_first: bool):
-        for program in ("iptables", "ip6tables", "arptables"):
-            host.set(f"net/bridge/bridge-nf-call-{program}", calls)
-        self.rules = host.example("nftables/bridge.nft")
-        run_script(PROCESS, "--force", base=host.base)
-        if rules_first:
-            host.run("nft", "-f", self.rules)
-        host.make_bridge()
-        super().__init__(host)
-
-    def guard(self, on: bool, bridge: str = "br0") -> None:
-        """Load the rules, for another bridge if given, and where they are to be off, put one first that accepts all."""
-        text = self.rules.read_text().replace('define guarded = "br0"', f'define guarded = "{bridge}"')
-        self.host.run("nft", "-f", "-", input=text)
-        if not on:
-            for hook in ("prerouting", "input", "forward"):
-                self.host.run("nft", "insert", "rule", "bridge", "instances", f"at_{hook}", "accept")
-
-
 MODES = {
-    f"{at_work} {order}": (calls, order == "after the rules")
-    for at_work, calls in (("without br_netfilter", "0"), ("with br_netfilter", "1"))
-    for order in ("before the rules", "after the rules")
+    f"{at_work} br_netfilter {order} the rules": (at_work == "with", order == "after")
+    for at_work in ("without", "with")
+    for order in ("before", "after")
 }
 
 
 @pytest.fixture(scope="module", params=MODES.values(), ids=MODES.keys())
 def bridge(tmp_path_factory, request):
     need(*PROGRAMS)
+    at_work, rules_first = request.param
     host = Host(tmp_path_factory.mktemp("kernel"), bridge=False)
     try:
-        yield Shipped(host, *request.param)
+        Path(f"{host.base}.updated").touch()
+        host.process()
+        rules = host.example("nftables/bridge.nft")
+        if rules_first:
+            host.run("nft", "-f", rules)
+        host.make_bridge()
+        host.br_netfilter(at_work)
+        yield Bridge(host, rules)
     finally:
         host.close()
 
@@ -108,7 +90,9 @@ def test_other_bridge_of_the_host_is_left_alone(bridge):
     for number, guest in enumerate(guests, 1):
         guest.run("ip", "address", "add", f"10.84.0.{number}/24", "dev", "eth0")
     reached = ("10.84.0.2", guests[1].addresses("fe80")[0] + "%eth0")
-    bridge.guard(True, "br1")
+    text = bridge.rules.read_text()
+    assert 'define guarded = "br0"' in text
+    host.run("nft", "-f", "-", input=text.replace('define guarded = "br0"', 'define guarded = "br1"'))
     assert not any(guests[0].pings(address) for address in reached)
     bridge.guard(True)
     assert all(guests[0].pings(address) for address in reached)
