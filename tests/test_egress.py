@@ -497,7 +497,7 @@ def test_egress_example_ends_with_the_container_and_leaves_nothing(container, gu
     assert (container.etc / "resolv.conf").read_bytes() == before
     restarted = Container(outside, container.folder, "chroot", "again")
     try:
-        assert restarted.reaches("bad.example"), "resolves as before"
+        wait_for(lambda: restarted.reaches("bad.example"), "it to resolve as before")
         again = guard.start(restarted.pid)
         assert restarted.reaches("good.example") and not restarted.reaches("bad.example")
         assert guard.stop(again) == 0
