@@ -25,7 +25,7 @@ from attacks import (
     packed,
     scapy,
 )
-from lab import wait_for
+from lab import HOST_MAC, wait_for
 
 pytestmark = pytest.mark.slow
 CLAIMED, HOSTS_OWN = "fe80::8099:e2ff:5d8a:10", "fe80::8099:e2ff:5d8a:1"
@@ -227,6 +227,21 @@ def test_message_of_one_s_own_from_another_s_address_does_the_other_no_harm(brid
     assert not bridge.harm(attacker)
 
 
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_request_for_the_host_s_mac_address_from_another_s_address_is_not_believed(bridge, who):
+    attacker, stolen = getattr(bridge, who), bridge.own["ipv4"]
+    request = scapy.ARP(op=1, hwsrc=attacker.mac, psrc=stolen, pdst=HOST4)
+    frame = bytes(scapy.Ether(src=attacker.mac, dst=HOST_MAC) / request)
+    bridge.reset(guard=False)
+    wait_for(
+        lambda: attacker.send(frame) or bridge.host.neighbour(stolen) == attacker.mac, "an effect without the guard"
+    )
+    bridge.reset()
+    attacker.send(*3 * [frame])
+    bridge.victim_is_well()
+    assert bridge.host.neighbour(stolen) == bridge.victim.mac
+
+
 def lose_registry(bridge):
     Path(f"{bridge.host.base}.json").unlink(missing_ok=True)
     Path(f"{bridge.host.base}.updated").touch()
@@ -255,6 +270,8 @@ def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge,
 
     wait_for(cut_off, "a guest that is cut off")
     bridge.victim.run("ip", "neighbour", "flush", "dev", "eth0")  # as after some time without an answer
+    # It renews by unicast, so it has to learn the host's MAC address first.
+    wait_for(lambda: bridge.victim.pings(HOST4) or bridge.victim.neighbour(HOST4) == HOST_MAC, "the host's MAC address")
     bridge.renew()
     wait_for(
         lambda: {*bridge.own.values()} <= {*bridge.host.registry().get(bridge.victim.mac, {}).values()}, "its entry"
@@ -310,10 +327,10 @@ def test_allowed_address_is_a_source_for_those_who_are_allowed_only(allowed, sou
 
 
 def announced(sender, address, host):
-    """Return an ARP request, or a neighbour advertisement, that says that the sender has an address."""
+    """Return an ARP reply, or a neighbour advertisement, that says that the sender has an address."""
     if ":" in address:
         return advertised(sender, address)
-    return scapy.Ether(src=sender.mac, dst=host.mac) / scapy.ARP(hwsrc=sender.mac, psrc=address, pdst=HOST4)
+    return scapy.Ether(src=sender.mac, dst=host.mac) / scapy.ARP(op=2, hwsrc=sender.mac, psrc=address, pdst=HOST4)
 
 
 # Of which address: (the chain, who may say that he has it)
