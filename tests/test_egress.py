@@ -415,6 +415,10 @@ class Container(Namespace):
         """Tell whether a name or address answers, resolved as the container's programs do."""
         return self.inside("ping", "-n", "-c", "1", "-W", "2", name).returncode == 0
 
+    def wait_reaches(self, name: str) -> None:
+        """Wait until a name answers."""
+        wait_for(lambda: self.reaches(name), f"an answer of {name}")
+
     def tables(self) -> str:
         """Return the container's tables."""
         return self.run("nft", "list", "tables").stdout
@@ -478,13 +482,14 @@ def test_egress_example_guards_one_container_by_itself(container, guard):
     again = guard.start(container.pid)
     assert again.wait(30) == 1 and "nothing is changed" in again.log.read_text()
     assert not container.reaches("192.0.2.80"), "nobody has resolved it yet"
-    assert container.reaches("good.example")
+    container.wait_reaches("good.example")
     resolved = container.inside("getent", "ahostsv4", "bad.example").stdout
     assert "192.0.2.81" in resolved and not container.reaches("192.0.2.81")
     other = container.inside("dig", "+short", "+timeout=1", "+tries=1", "@192.0.2.80", "good.example").stdout
     assert other == "192.0.2.80\n", "whichever resolver is asked, it is ours that answers"
     assert container.dnsmasq() and guard.stop(started) == 0 and container.dnsmasq() == []
-    assert container.tables() == "" and container.reaches("bad.example")
+    assert container.tables() == ""
+    container.wait_reaches("bad.example")
     assert (container.etc / "resolv.conf").read_bytes() == before
 
 
@@ -497,24 +502,27 @@ def test_egress_example_ends_with_the_container_and_leaves_nothing(container, gu
     assert (container.etc / "resolv.conf").read_bytes() == before
     restarted = Container(outside, container.folder, "chroot", "again")
     try:
-        wait_for(lambda: restarted.reaches("bad.example"), "it to resolve as before")
+        restarted.wait_reaches("bad.example")  # as before
         again = guard.start(restarted.pid)
-        assert restarted.reaches("good.example") and not restarted.reaches("bad.example")
+        restarted.wait_reaches("good.example")
+        assert not restarted.reaches("bad.example")
         assert guard.stop(again) == 0
-        assert (container.etc / "resolv.conf").read_bytes() == before and restarted.reaches("bad.example")
+        assert (container.etc / "resolv.conf").read_bytes() == before
+        restarted.wait_reaches("bad.example")
     finally:
         restarted.close()
 
 
 def test_egress_example_fails_and_keeps_the_rules_where_the_dnsmasq_of_a_container_ends(container, guard):
     started = guard.start(container.pid)
-    assert container.reaches("good.example")
+    container.wait_reaches("good.example")
     (dnsmasq,) = container.dnsmasq()
     os.kill(int(dnsmasq), signal.SIGKILL)
     assert started.wait(30) == 1 and "its dnsmasq has ended" in started.log.read_text()
     assert not container.reaches("192.0.2.81")
     again = guard.start(container.pid)
-    assert container.reaches("good.example") and guard.stop(again) == 0
+    container.wait_reaches("good.example")
+    assert guard.stop(again) == 0
 
 
 def test_egress_example_tells_systemd_when_a_container_is_guarded(container, guard):
@@ -565,7 +573,8 @@ def test_egress_example_undoes_a_start_that_fails_half_way(container, guard, fau
         guard.egress.program("nft", text + 'printf "%s\\n" "$rules" | /usr/sbin/nft "$@"')
     started = guard.start(container.pid)
     assert started.wait(30) == 1 and "nothing is changed" in started.log.read_text()
-    assert container.tables() == "" and container.dnsmasq() == [] and container.reaches("bad.example")
+    assert container.tables() == "" and container.dnsmasq() == []
+    container.wait_reaches("bad.example")
 
 
 def test_egress_example_refuses_a_process_with_the_network_of_the_host(guard, outside):
@@ -585,7 +594,7 @@ def test_egress_example_starts_once_when_started_twice_at_once(container, guard)
         wait_for(lambda: [process.poll() for process in started].count(1) == 2, "the end of two")
         wait_for(lambda: "inet egress" in container.tables(), "the start of one")
         assert [process.poll() for process in started].count(None) == 1 and len(container.dnsmasq()) == 1
-        assert container.reaches("good.example")
+        container.wait_reaches("good.example")
     finally:
         for process in started:
             process.terminate()
