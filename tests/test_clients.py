@@ -224,6 +224,15 @@ def test_client_gets_registered_addresses_with_which_it_reaches_the_host(guest):
     print(guest.client.label, "at its first start:", guest.counted())
 
 
+def test_clients_reach_each_other(guests):
+    for guest in guests.values():
+        guest.wait_in_use()
+    for (name, guest), other in zip(guests.items(), [*guests.values()][1:] + [*guests.values()][:1]):
+        for kind in {*guest.kinds} & {*other.kinds} - {"fe80"}:
+            address = other.client.addresses(kind)[0]
+            wait_for(lambda g=guest, a=address: g.client.pings(a), f"a ping of {address} from {name}")
+
+
 @pytest.mark.parametrize("guest", ["dhcpcd", "networkd"], indirect=True)
 def test_client_with_conflict_detection_probes_its_address(guest):
     guest.wait_in_use()
