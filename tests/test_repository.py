@@ -1,6 +1,9 @@
 """What holds of the files themselves."""
 
-from lab import PROCESS, TOP, UPDATE
+import re
+
+import pytest
+from lab import EXAMPLES, PROCESS, TOP, UPDATE
 
 
 def shared_block(script):
@@ -32,3 +35,12 @@ def test_scripts_are_executable_by_the_python3_on_the_path():
     for script in (UPDATE, PROCESS):
         assert script.stat().st_mode & 0o111 == 0o111
         assert script.read_text().startswith("#!/usr/bin/env python3\n")
+
+
+@pytest.mark.parametrize("chain", ["guard", "guard_ip", "guard_ip6", "renewal", "queries", "before"])
+def test_guard_of_a_network_judges_as_the_guard_of_a_bridge_does(chain):
+    rules = [
+        re.search(f"^    chain {chain} {{\n(.*?)^    }}", (EXAMPLES / name).read_text(), re.MULTILINE | re.DOTALL)[1]
+        for name in ("nftables/bridge.nft", "network/network.nft")
+    ]
+    assert rules[0] == rules[1]
