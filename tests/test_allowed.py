@@ -1,42 +1,40 @@
 """What is allowed to guests beside their own addresses, with the programs that people use it for."""
 
-import signal
 import time
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import Host, wait_for
+from lab import CHAINS, Host, Namespace, process_file, run, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
 SHARED4, SHARED6 = "10.83.0.50", "2001:67c:83::50"
-ROUTED4, ROUTED6 = "10.99.0.2", "2001:67c:99::2"
+NETWORKS = ("10.99.0.0/24", "2001:67c:99::/64")
+ROUTERS, ROUTED4, ROUTED6 = ("10.99.0.1", "2001:67c:99::1"), "10.99.0.2", "2001:67c:99::2"
 EVERYONE, NODES = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01"
 # VRRP of both versions (RFC 9568). An address is given up and taken within a few seconds.
 KEEPALIVED = """\
-global_defs {{
-    router_id {name}
-}}
-vrrp_instance four {{
+vrrp_instance {address} {{
     state BACKUP
     interface eth0
-    virtual_router_id 50
+    virtual_router_id {router}
     priority {priority}
     advert_int 1
-    virtual_ipaddress {{
-        10.83.0.50/24
+{unicast}    virtual_ipaddress {{
+        {address}
     }}
 }}
-vrrp_instance six {{
-    state BACKUP
-    interface eth0
-    virtual_router_id 51
-    priority {priority}
-    advert_int 1
-    virtual_ipaddress {{
-        2001:67c:83::50/80
+"""
+# Without multicast, which comes from the link-local address
+UNICAST = """\
+    unicast_src_ip {own}
+    unicast_peer {{
+        {other}
     }}
-}}
+"""
+# The recipe's line in bridge.nft: who may speak VRRP
+SPEAKERS = """\
+        ether saddr != {{ {0}, {1} }} meta l4proto 112 counter goto instances_drop comment "VRRP"
 """
 
 
@@ -61,14 +59,29 @@ def guests(tmp_path_factory):
         host.close()
 
 
-def start_keepalived(guest, priority):
-    """Start keepalived in a guest; return its process."""
-    config = guest.folder / "keepalived.conf"
-    config.write_text(KEEPALIVED.format(name=guest.label, priority=priority))
+def start_keepalived(guest, priority, peer=None):
+    """Start keepalived in a guest, which talks to a peer or to all; return its process."""
+    config, text = guest.folder / "keepalived.conf", f"global_defs {{\n    router_id {guest.label}\n}}\n"
+    for router, address, field in ((50, f"{SHARED4}/24", "ipv4"), (51, f"{SHARED6}/80", "ipv6_gua")):
+        registry = guest.host.registry()
+        unicast = UNICAST.format(own=registry[guest.mac][field], other=registry[peer.mac][field]) if peer else ""
+        text += KEEPALIVED.format(router=router, address=address, priority=priority, unicast=unicast)
+    config.write_text(text)
     files = ["--pid", guest.folder / "pid", "--vrrp_pid", guest.folder / "vrrp.pid"]
-    log = open(guest.folder / "keepalived.log", "a")
     command = ["keepalived", "--dont-fork", "--vrrp", "--log-console", "--use-file", config, *files]
-    return guest.start(*command, stdout=log, stderr=log)
+    with open(guest.folder / "keepalived.log", "a") as log:
+        return guest.start(*command, stdout=log, stderr=log)
+
+
+def stop_keepalived(guest, process):
+    """End it in order, so that it gives up its addresses, and wait for the end of what it started."""
+    guest.stop(process)
+
+    def running():
+        pids = run("ip", "netns", "pids", guest.name).stdout.split()
+        return any(process_file(pid, "comm") == "keepalived\n" for pid in pids)
+
+    wait_for(lambda: not running(), f"the end of keepalived in {guest.label}")
 
 
 def holder(host, address):
@@ -85,19 +98,87 @@ def wait_taken(host, guest, seconds=30):
     return time.monotonic() - begin
 
 
-def test_shared_addresses_of_keepalived_go_to_the_other_guest_and_back(guests):
+@pytest.fixture
+def shared(guests):
+    """A function that starts keepalived in the first two guests; returns when the first has the shared addresses."""
     need("keepalived")
     host, one, two, _ = guests
-    first, second = start_keepalived(one, 150), start_keepalived(two, 100)
-    wait_taken(host, one)
-    one.stop(first, signal.SIGKILL)
-    wait_for(lambda: SHARED4 not in one.addresses() and SHARED6 not in one.addresses(), "the end of what it started")
+    started = []
+
+    def start(unicast=False):
+        for guest, priority, peer in ((one, 150, two), (two, 100, one)):
+            started.append((guest, start_keepalived(guest, priority, peer if unicast else None)))
+        wait_taken(host, one)
+
+    yield start
+    for guest, process in started:
+        stop_keepalived(guest, process)
+
+
+@pytest.fixture
+def stable(guests):
+    """The first two guests have link-local addresses that are not made from their MAC addresses."""
+    swaps = [(guest, guest.addresses("fe80")[0], f"fe80::a1b2:c3d4:e5f6:{guest.port[-1]}") for guest in guests[1:3]]
+
+    def swap(guest, old, new):
+        guest.run("ip", "address", "add", f"{new}/64", "dev", "eth0", "nodad")
+        guest.run("ip", "address", "delete", f"{old}/64", "dev", "eth0")
+
+    for guest, own, other in swaps:
+        swap(guest, own, other)
+    yield
+    for guest, own, other in swaps:
+        swap(guest, other, own)
+
+
+def fail_over(host, one, two):
+    """Cut the first guest's cable and plug it in again; nothing that the guests send is dropped."""
+    before = host.dropped(*CHAINS)
+    host.run("ip", "link", "set", one.port, "down")
     there = wait_taken(host, two)
-    first = start_keepalived(one, 150)
+    host.run("ip", "link", "set", one.port, "up")
     back = wait_taken(host, one)
-    print(f"reached at the other guest after {there:.1f} s, and back after {back:.1f} s")
-    for guest, process in ((one, first), (two, second)):
-        guest.stop(process)
+    print(f"reached at the other guest {there:.1f} s after the cut, and back after {back:.1f} s")
+    assert host.dropped(*CHAINS) == before
+
+
+def test_shared_addresses_of_keepalived_go_to_the_other_guest_and_back(guests, shared):
+    host, one, two, _ = guests
+    shared()
+    fail_over(host, one, two)
+
+
+def test_shared_addresses_of_guests_with_other_link_local_addresses_do_too_by_unicast(guests, stable, shared):
+    host, one, two, _ = guests
+    shared(unicast=True)
+    fail_over(host, one, two)
+
+
+def test_vrrp_of_a_third_guest_takes_nothing_where_the_bridge_has_a_line_against_it(guests, shared):
+    host, one, two, third = guests
+    shared()
+
+    def held():
+        return {SHARED4, SHARED6} & {*one.addresses(), *two.addresses()}
+
+    process = start_keepalived(third, 255)
+    wait_for(lambda: not held(), "both guests give way to the third")
+    stop_keepalived(third, process)
+    wait_taken(host, one)
+    rules = host.folder / "rules" / "bridge.nft"
+    text = rules.read_text()
+    rules.write_text(text.replace("chain guard {\n", "chain guard {\n" + SPEAKERS.format(one.mac, two.mac)))
+    try:
+        host.run(*host.applying())
+        process = start_keepalived(third, 255)
+        # For each of two versions three advertisements, any of which had that effect, at each of three ports
+        wait_for(lambda: host.counted("guard", "VRRP") >= 18, "drops of VRRP")
+        assert {SHARED4, SHARED6} <= {*one.addresses()}
+        wait_taken(host, one)
+        stop_keepalived(third, process)
+    finally:
+        rules.write_text(text)
+        host.run(*host.applying())
 
 
 @pytest.fixture
@@ -106,6 +187,7 @@ def held(guests):
     host, one, *others = guests
     for address in (f"{SHARED4}/24", f"{SHARED6}/80"):
         one.run("ip", "address", "replace", address, "dev", "eth0", "nodad")
+    host.run("ip", "neighbour", "flush", "dev", "br0")
     wait_taken(host, one)
     yield host, one, *others
     for address in (f"{SHARED4}/24", f"{SHARED6}/80"):
@@ -134,33 +216,53 @@ def test_third_guest_that_claims_a_shared_address_is_dropped(held):
         wait_for(lambda c=chain, b=before: host.dropped(f"instances_drop_{c}") >= b + 3, f"three drops by {chain}")
     assert (host.neighbour(SHARED4), host.neighbour(SHARED6)) == (one.mac, one.mac)
     before = host.dropped(*(f"instances_drop_{chain}" for chain in ("arp", "ndp", "ip", "ip6")))
-    two.send(*(bytes(frame) for _, frame in claims(two)))  # to whom they are allowed, too
-    wait_for(lambda: host.neighbour(SHARED4) == two.mac == host.neighbour(SHARED6), "the second guest's claims")
+
+    def taken():  # which the host's kernel believes only a second after it learnt another
+        two.send(*(bytes(frame) for _, frame in claims(two)))
+        return host.neighbour(SHARED4) == two.mac == host.neighbour(SHARED6)
+
+    wait_for(taken, "the claims of the second guest, to whom they are allowed, too")
     assert host.dropped(*(f"instances_drop_{chain}" for chain in ("arp", "ndp", "ip", "ip6"))) == before
 
 
-def test_network_behind_a_guest_is_reached_through_it_and_used_by_no_other(guests):
+@pytest.fixture
+def behind(guests):
+    """A system with a network of its own behind the first guest, to which the host has routes by that guest."""
+    host, one, *_ = guests
+    system = Namespace("behind")
+    try:
+        one.run("ip", "link", "add", "net0", "type", "veth", "peer", "name", "eth0", "netns", system.name)
+        for end, device, addresses in ((one, "net0", ROUTERS), (system, "eth0", (ROUTED4, ROUTED6))):
+            end.run("ip", "link", "set", device, "up")
+            for address, length in zip(addresses, (24, 64)):
+                end.run("ip", "address", "add", f"{address}/{length}", "dev", device, "nodad")
+        one.set("net/ipv6/conf/eth0/accept_ra", "2")  # a router that takes its own route from the host
+        for variable in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
+            one.set(variable, "1")
+        own = host.registry()[one.mac]
+        for network, field, router in zip(NETWORKS, ("ipv4", "ipv6_gua"), ROUTERS):
+            host.run("ip", "route", "replace", network, "via", own[field])
+            system.run("ip", "route", "replace", "default", "via", router)
+        yield system
+    finally:
+        system.close()
+
+
+def reaches(namespace, address):
+    return namespace.run("ping", "-n", "-c", "1", "-W", "1", address, check=False).returncode == 0
+
+
+def test_network_behind_a_guest_is_reached_through_it_and_used_by_no_other(guests, behind):
     host, one, two, _ = guests
-    host.set("net/ipv4/ip_forward", "1")
-    one.set("net/ipv6/conf/eth0/accept_ra", "2")  # a router that takes its own route from the host
-    for variable in ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"):
-        one.set(variable, "1")
-    one.run("ip", "link", "add", "behind", "type", "bridge")
-    one.run("ip", "link", "set", "behind", "up")
-    for address in (f"{ROUTED4}/24", f"{ROUTED6}/64"):
-        one.run("ip", "address", "add", address, "dev", "behind", "nodad")
-    own = host.registry()[one.mac]
-    host.run("ip", "route", "replace", "10.99.0.0/24", "via", own["ipv4"])
-    host.run("ip", "route", "replace", "2001:67c:99::/64", "via", own["ipv6_gua"])
-    pings = [["ping", "-n", "-c", "1", "-W", "1", address] for address in (ROUTED4, ROUTED6)]
     before = host.dropped("instances_drop_ip", "instances_drop_ip6")
-    for ping in pings:
-        assert host.run(*ping, check=False).returncode
+    for address in (ROUTED4, ROUTED6):
+        assert not reaches(host, address)
     wait_for(lambda: host.dropped("instances_drop_ip", "instances_drop_ip6") >= before + 2, "drops of both answers")
-    host.update("--allow", one.mac, "10.99.0.0/24", "2001:67c:99::/64")
-    for ping in pings:
-        wait_for(lambda p=ping: host.run(*p, check=False).returncode == 0, f"{ping[-1]} through the guest")
-    host.update("--allow", one.mac, SHARED4, SHARED6, "10.99.0.0/24", "2001:67c:99::/64")
+    host.update("--allow", one.mac, SHARED4, SHARED6, *NETWORKS)
+    for address in (ROUTED4, ROUTED6):
+        wait_for(lambda a=address: reaches(host, a), f"{address} through the guest")
+    for address in ("10.83.0.1", "2001:67c:83::1"):
+        wait_for(lambda a=address: reaches(behind, a), f"{address} from behind the guest")
     udp = scapy.UDP(sport=5000, dport=5000)
     for chain, packet in (
         ("ip", scapy.IP(src=ROUTED4, dst="10.83.0.1")),
