@@ -75,6 +75,7 @@ def leased(name, mac):
 
 def removed(mac):
     """Compare, and return what is left of a domain: its entry, and whether it has leases."""
+    run("systemctl", "reset-failed", "instances-libvirt.service")  # which systemd would start five times in 10 s only
     run("systemctl", "start", "instances-libvirt.service")
     return registry().get(mac), mac in (MISC / "dnsmasq.br0.leases").read_text()
 
