@@ -447,7 +447,7 @@ def check_spoofing(site, guest, entry):
         mac = f"10:66:6a:4c:b{site.hosts.index(host)}:31"
         attacker = host.client(f"attacker-{host.letter}", mac, port="attacker")
         listener = site.guests[(site.hosts.index(host) + 1) % 3]
-        frames, source = spoofed(mac, guest.mac, entry), mac.replace(":", "")
+        frames = spoofed(mac, guest.mac, entry)
         host.run(*table)
         for (
             kind,
@@ -457,7 +457,7 @@ def check_spoofing(site, guest, entry):
         host.run("nft", "-f", host.rules / "network.nft")
         for kind, frame in frames.items():
             before = host.dropped(f"instances_drop_{kind}")
-            assert not heard(listener, lambda a=attacker, f=frame: a.send(f), source), kind
+            assert not heard(listener, lambda a=attacker, f=frame: a.send(f), frame[6:30].hex()), kind
             assert host.dropped(f"instances_drop_{kind}") > before, kind
         leave(attacker)
 
