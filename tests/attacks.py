@@ -76,8 +76,8 @@ class Guarded:
         self.iaid, self.duid = next((int(r[1]), octets(r[4])) for r in rows if r[2:3] == self.addresses6[:1])
 
     def settle(self) -> None:
-        """Do the service's work, after what it does now."""
-        self.host.run(*self.host.applying())
+        """Do the service's work, so that it has none to do afterwards."""
+        self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
 
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""

@@ -350,7 +350,7 @@ class Host(Namespace):
         self.update("--initialize", "br0", "host")
         self.write_settings()
         self.run(*self.applying())
-        service = 'while sleep 0.05; do [ ! -e "$0" ] || ("$@"); done'
+        service = 'while sleep 0.05; do flock "$0.service" sh -c \'[ ! -e "$0" ] || "$@"\' "$0" "$@"; done'
         with open(self.folder / "service.log", "w") as log:
             self.start("sh", "-c", service, f"{self.base}.updated", *self.applying(), stdout=log, stderr=log)
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
