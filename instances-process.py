@@ -474,6 +474,9 @@ def main(arguments):
     names = listed("INSTANCES_ADDRESS_SETS", "host", is_name)
     domains = listed("INSTANCES_HOSTS_DOMAIN", ".instance.internal", is_domain)
     domains = dict.fromkeys("." + domain.removeprefix(".") for domain in domains)
+    for domain in domains:
+        if domain.lower().endswith(".local"):
+            say(f"warning: INSTANCES_HOSTS_DOMAIN: names in {domain} may be asked by multicast DNS only (RFC 6762)")
     gc.disable()  # there is no garbage to look for
     with locked(base):
         make_marker(base)  # there until all three files are made, also where a run by force is killed half-way

@@ -282,7 +282,8 @@ def remove(registry, mac):
     """Remove an instance; return as register does."""
     if mac not in registry:
         return "", [f"{mac}: no such instance"]
-    return f"{mac} {registry.pop(mac).get('name', '')}: removed", []
+    again = "while dnsmasq has a lease of it, it comes back: dhcp_release ends that"
+    return f"{mac} {registry.pop(mac).get('name', '')}: removed; {again}", []
 
 
 def registry_text(registry):
@@ -331,6 +332,9 @@ def interface_fields(interface):
         if not (entry.get("temporary") or entry.get("deprecated")):
             field, address = parse_address(entry["local"])
             fields.setdefault(field, address)  # the first: a primary one
+            if field in ("ipv6_gua", "ipv6_ula") and entry["prefixlen"] <= 64:
+                prefix = f"{interface} has {address}/{entry['prefixlen']}"
+                say(f"warning: {prefix}: what guests make of a prefix of 64 or fewer bits by SLAAC is not registered")
     fields.pop("", None)
     fields.setdefault("ipv6_lla", link_local(link["address"]))  # a bridge without a port has none yet
     return link["address"], fields

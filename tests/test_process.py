@@ -275,6 +275,14 @@ def test_domain_may_leave_its_first_dot_out(base):
     assert outputs(base)[".hosts"] == "10.0.0.1 web.vm.example.org web.v4.vm.example.org\n"
 
 
+@pytest.mark.parametrize(("domain", "warned"), [("vm.LOCAL", True), (".local", True), (".local.example.org", False)])
+def test_domain_below_local_is_taken_with_a_warning(base, domain, warned):
+    prepare(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}})
+    result = run(base, INSTANCES_HOSTS_DOMAIN=domain)
+    assert result.returncode == 0 and ("multicast DNS" in result.stderr) == warned
+    assert outputs(base)[".hosts"].startswith(f"10.0.0.1 web.{domain.removeprefix('.')} ")
+
+
 def test_allowed_addresses_and_networks_are_elements_of_the_chains_sets_only(base):
     allowed = ["10.0.0.50", "10.0.0.1", "10.9.0.0/24", "10.9.0.128/25", "2001:67c::50", "2001:67c:9::/64"]
     prepare(

@@ -401,6 +401,7 @@ def test_remove_forgets_the_instance(base):
     write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
     result = run(base, "--remove", MAC.upper())
     assert result.returncode == 0 and result.stdout.count("\n") == 1 and read(base) == {OTHER: {"name": "db"}}
+    assert "web: removed" in result.stdout and "dhcp_release" in result.stdout  # how a lease does not bring it back
 
 
 @pytest.mark.parametrize("arguments", [("--rename", OTHER, "db"), ("--remove", OTHER)])
@@ -608,6 +609,14 @@ def test_initialize_registers_a_bridge_without_a_port(host):
     assert result.stdout == f"instances-update.py: {HOST_MAC} host: initialized\n"
     expected = {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_ula": "fd83:5eed::1"}
     assert host.registry() == {HOST_MAC: expected | {"ipv6_lla": "fe80::1266:6aff:fe4c:a1fe"}}
+
+
+def test_initialize_warns_of_prefixes_whose_addresses_come_by_slaac(host):
+    assert initialize(host, "br0", "host").stderr == ""  # prefixes longer than /64
+    host.run("ip", "address", "add", "2001:67c:83:1::1/64", "dev", "br0", "nodad")
+    result = initialize(host, "br0", "host")
+    assert result.returncode == 0 and result.stderr.count("\n") == 1
+    assert "warning: br0 has 2001:67c:83:1::1/64" in result.stderr and "SLAAC" in result.stderr
 
 
 def test_initialize_again_changes_nothing(host):
