@@ -13,13 +13,6 @@ set -eu
 
 if [ "${1-}" != inside ]; then
     need systemd-nspawn unshare nsenter nft
-    clear_more() {
-        export group="/sys/fs/cgroup/${folder##*/}"
-        unshare --mount sh -c 'mount -t cgroup2 none /sys/fs/cgroup && for _ in $(seq 100); do
-            [ -d "$group" ] || exit 0
-            find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
-        done' || true
-    }
     [ $# -gt 0 ] || set -- trixie
     for_each "$@"
 fi

@@ -19,8 +19,14 @@ need() {
 }
 
 # ---- Outside ----
-# clear_more: takes away what else there is outside of the folder; for a script to define
-clear_more() { :; }
+# clear_group: takes away the control group of the folder's name, where the script has made one
+clear_group() {
+    export group="/sys/fs/cgroup/${folder##*/}"
+    unshare --mount sh -c 'mount -t cgroup2 none /sys/fs/cgroup && for _ in $(seq 100); do
+        [ -d "$group" ] || exit 0
+        find "$group" -depth -type d -exec rmdir {} + 2>/dev/null || sleep 0.1
+    done' || true
+}
 clear_up() {
     # The first process of the namespaces ends when all others in them have ended, and unshare waits for it.
     if [ -n "$inside" ]; then
@@ -29,7 +35,7 @@ clear_up() {
         kill -KILL ${first:-$inside} 2>/dev/null || :
         wait "$inside" || :
     fi
-    [ -z "$folder" ] || { clear_more; rm -rf --one-file-system "$folder"; }
+    [ -z "$folder" ] || { clear_group; rm -rf --one-file-system "$folder"; }
     folder='' inside=''
 }
 for_each() {
