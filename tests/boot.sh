@@ -49,14 +49,7 @@ rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
 
 # Its bridge, and a guest that is started as Incus, libvirt and LXC are: when there is a network. It asks for a lease every
 # quarter of a minute (bridge.nft drops more), and all the while, from its first frame, tries an address that is not its own.
-cat >>"$root/etc/network/interfaces" <<'END'
-auto br0
-iface br0 inet static
-    address 10.83.0.1/24
-    pre-up ip link add br0 address 10:66:6a:4c:a1:fe type bridge
-    up ip address add 2001:67c:83::1/80 dev br0 nodad
-    up ip address add fd83:5eed::1/80 dev br0 nodad
-END
+add_bridge
 cat >"$root/etc/systemd/system/guest.service" <<'END'
 [Unit]
 After=network.target

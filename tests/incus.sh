@@ -29,14 +29,7 @@ chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
 umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
-cat >>"$root/etc/network/interfaces" <<'END'
-auto br0
-iface br0 inet static
-    address 10.83.0.1/24
-    pre-up ip link add br0 address 10:66:6a:4c:a1:fe type bridge
-    up ip address add 2001:67c:83::1/80 dev br0 nodad
-    up ip address add fd83:5eed::1/80 dev br0 nodad
-END
+add_bridge
 systemctl --quiet --root="$root" enable networking.service
 
 step "its boot"

@@ -81,6 +81,17 @@ make_root() {
     printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
     chmod 755 "$root/usr/sbin/policy-rc.d"
 }
+# add_bridge: with Debian's ifupdown, br0 as br0.conf and README have it
+add_bridge() {
+    cat >>"$root/etc/network/interfaces" <<'END'
+auto br0
+iface br0 inet static
+    address 10.83.0.1/24
+    pre-up ip link add br0 address 10:66:6a:4c:a1:fe type bridge
+    up ip address add 2001:67c:83::1/80 dev br0 nodad
+    up ip address add fd83:5eed::1/80 dev br0 nodad
+END
+}
 # add_project: a copy of this project in its /root/instances
 add_project() {
     rm -rf "$root/root/instances"
