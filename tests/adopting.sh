@@ -34,6 +34,7 @@ chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
 umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
 add_bridge
+sed -i 's,fd83:5eed::1/80,fd83:5eed::1/64,' "$root/etc/network/interfaces" # that there is no SLAAC on a /64 shows, too
 systemctl --quiet --root="$root" enable networking.service
 systemctl --quiet --root="$root" disable systemd-resolved.service systemd-networkd.service systemd-networkd.socket
 
@@ -53,7 +54,7 @@ except-interface=lo
 bind-interfaces
 dhcp-range=10.83.0.50,10.83.0.90,1h
 dhcp-range=2001:67c:83::50,2001:67c:83::90,80,1h
-dhcp-range=fd83:5eed::50,fd83:5eed::90,80,1h
+dhcp-range=fd83:5eed::50,fd83:5eed::90,64,1h
 dhcp-leasefile=/var/lib/misc/lan.leases
 enable-ra
 no-ping
@@ -248,6 +249,14 @@ until_true 10 "another name" sh -c 'ip netns exec web dig +timeout=1 +short @10.
 run sh -euc 'printf "no-resolv\nserver=192.0.2.53\n" >>/etc/dnsmasq.d/lan.conf; mv /root/dnsmasq /etc/default/dnsmasq
     echo nameserver 127.0.0.1 >/etc/resolv.conf; systemctl start unbound; systemctl restart dnsmasq
     systemctl reset-failed dnsmasq' # or there were too many starts
+
+step "another domain, and back"
+follow "$top/examples/dnsmasq/README.md" "sed -i 's/instance"
+until_true 5 "another domain" sh -c 'dig +short +timeout=1 @10.83.0.1 web.vm.example.org | grep -F 10.83.0.'
+nameless dig +short +timeout=1 @10.83.0.1
+run sh -euc 'sed -i s/vm.example.org/instance.internal/ /etc/dnsmasq.d/*.conf
+    sed -i /vm.example.org/d /etc/default/instances; instances-apply; systemctl restart dnsmasq' 2>"$folder/log"
+names dig +short +timeout=1 @10.83.0.1
 
 step "gone back, step by step"
 follow "$page" 'echo INSTANCES_GUARD=observe'
