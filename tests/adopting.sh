@@ -77,7 +77,7 @@ for guest in $guests; do
     number=\$((number + 1))
     add \$guest \$number
     ip netns exec \$guest sh -c "mount -t tmpfs none /run; mount -t tmpfs none /var/lib/dhcpcd
-        exec dhcpcd --nobackground --noarp --nohook resolv.conf --hostname=\$guest eth0" >/dev/null 2>&1 &
+        exec dhcpcd --nobackground --noarp --noipv4ll --nohook resolv.conf --hostname=\$guest eth0" >/dev/null 2>&1 &
 done
 add mail 20
 ip -n mail link set eth0 up
@@ -170,10 +170,14 @@ leases() {
     run sh -euc "cut -d ' ' -f 2- /var/lib/misc/lan.leases | sort
         for guest in $guests mail; do ip -n \$guest -o address show dev eth0 | sed 's/ valid_lft.*//'; done"
 }
-# goes WHO, stopped WHO: a guest reaches the host, or not
+# goes GUEST: it reaches the host
 goes() { run ip netns exec "$1" ping -q -c 2 -i 0.2 -W 1 10.83.0.1 >/dev/null; }
-# names COMMAND: all names resolve
-names() { for guest in $guests; do until_true 5 "$* $guest.instance.internal" sh -euc "$* $guest.instance.internal | grep -F 10.83.0."; done; }
+# names COMMAND: it finds the names of all guests. nameless COMMAND: not even one
+names() {
+    for guest in $guests; do
+        until_true 20 "$* $guest.instance.internal" sh -c "$* $guest.instance.internal | grep -F 10.83.0."
+    done
+}
 nameless() {
     run "$@" web.instance.internal >"$folder/output" 2>"$folder/log" || true
     [ ! -s "$folder/output" ] || failed "$*: a name is left"
@@ -201,7 +205,7 @@ step "compared"
 follow "$page" 'leases='
 [ "$(grep -cE '^(2001|fd83):.* [a-z]+$' "$folder/output")" -eq 10 ] || failed "IPv6 leases are not missed"
 follow "$page" 'awk'
-cat "$folder/output" >"$folder/entered"
+cp "$folder/output" "$folder/entered"
 follow "$recipes" 'instances-update.py add'
 follow "$page" 'leases='
 echo '10.83.0.166 10:66:6a:4c:a1:66' | cmp -s - "$folder/output" || { cat "$folder/entered" >&2; failed "compared"; }
@@ -223,10 +227,11 @@ nameless getent ahosts
 follow "$page" 'cp examples/adopting/unbound.conf'
 names getent ahostsv4
 run sh -euc 'rm /etc/unbound/unbound.conf.d/instances.conf; systemctl reload unbound'
-until_true 5 "unbound" getent hosts www.example.org
+until_true 20 "unbound" getent hosts www.example.org
 nameless getent ahosts
 
-run sh -euc "systemctl stop unbound; sed -i -e /no-resolv/d -e /server=/d /etc/dnsmasq.d/lan.conf; cp /etc/default/dnsmasq /root/
+run sh -euc "systemctl stop unbound; cp /etc/dnsmasq.d/lan.conf /etc/default/dnsmasq /root/
+    sed -i -e /no-resolv/d -e /server=/d /etc/dnsmasq.d/lan.conf
     ln -sf /run/systemd/resolve/stub-resolv.conf /etc/resolv.conf
     systemctl start systemd-resolved; systemctl restart dnsmasq; resolvectl dns server 192.0.2.53; resolvectl domain server '~.'"
 until_true 10 "refused without a server" sh -c 'ip netns exec web dig +timeout=1 @10.83.0.1 www.example.org | grep REFUSED'
@@ -246,13 +251,13 @@ names getent ahostsv4
 run getent hosts www.example.org >/dev/null || fail "the host's other names"
 until_true 10 "another name" sh -c 'ip netns exec web dig +timeout=1 +short @10.83.0.1 www.example.org | grep 192.0.2.80'
 
-run sh -euc 'printf "no-resolv\nserver=192.0.2.53\n" >>/etc/dnsmasq.d/lan.conf; mv /root/dnsmasq /etc/default/dnsmasq
+run sh -euc 'mv /root/lan.conf /etc/dnsmasq.d/; mv /root/dnsmasq /etc/default/
     echo nameserver 127.0.0.1 >/etc/resolv.conf; systemctl start unbound; systemctl restart dnsmasq
     systemctl reset-failed dnsmasq' # or there were too many starts
 
 step "another domain, and back"
 follow "$top/examples/dnsmasq/README.md" "sed -i 's/instance"
-until_true 5 "another domain" sh -c 'dig +short +timeout=1 @10.83.0.1 web.vm.example.org | grep -F 10.83.0.'
+until_true 20 "another domain" sh -c 'dig +short +timeout=1 @10.83.0.1 web.vm.example.org | grep -F 10.83.0.'
 nameless dig +short +timeout=1 @10.83.0.1
 run sh -euc 'sed -i s/vm.example.org/instance.internal/ /etc/dnsmasq.d/*.conf
     sed -i /vm.example.org/d /etc/default/instances; instances-apply; systemctl restart dnsmasq' 2>"$folder/log"
