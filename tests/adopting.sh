@@ -238,9 +238,10 @@ until_true 10 "refused without a server" sh -c 'ip netns exec web dig +timeout=1
 nameless getent ahosts
 follow "$page" 'echo IGNORE_RESOLVCONF'
 until_true 10 "another name" sh -c 'ip netns exec web dig +timeout=1 +short @10.83.0.1 www.example.org | grep 192.0.2.80'
-follow "$page" 'resolvectl dns br0'
+follow "$page" 'cp examples/adopting/instances-resolved.service'
 names getent ahostsv4
-run resolvectl revert br0
+run systemctl --quiet disable --now instances-resolved.service
+run rm /etc/systemd/system/instances-resolved.service
 nameless getent ahosts
 
 run sh -euc 'systemctl stop systemd-resolved; rm /etc/resolv.conf; echo nameserver 192.0.2.53 >/etc/resolv.conf'
