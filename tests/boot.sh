@@ -24,15 +24,8 @@ step "a root"
 make_root
 add_project
 fit_kernel
-# block WORDS: the block of commands in README, under Installing, that has these words: for the package, or by hand
-block() {
-    sed -n '/^## Installing/,/^## /p' "$top/README.md" |
-        awk -v words="$1" '/^```$/ { if (index(text, words)) printf "%s", text; on = 0 }
-            on { text = text $0 "\n" }
-            /^```sh$/ { on = 1; text = "" }'
-}
-by_hand=$(block 'install -m 755') by_package=$(block examples/debian/build.sh)
-if [ -z "$by_hand" ] || [ -z "$by_package" ]; then fail "README has no commands under Installing"; fi
+by_hand=$(block README.md 'install -m 755') by_package=$(block README.md 'examples/debian/build.sh')
+undoing=$(block README.md 'dpkg --purge')
 installing=$by_hand
 [ -z "${BOOT_PACKAGE-}" ] || installing=$by_package
 # Its packages wait in apt's cache for the machine, which has no network.
@@ -232,16 +225,15 @@ not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for ea
 run rm /etc/instances/broken.nft
 works
 
-undo=systemd
-[ -z "${BOOT_PACKAGE-}" ] || undo=debian
-step "uninstalled by the README of examples/$undo: nothing is left"
-sed -n '/^To undo it/,$p' "$top/examples/$undo/README.md" | sed -n '/^```sh$/,/^```$/p' | grep -v '^```' >"$folder/undoing"
-run sh -euc "$(cat "$folder/undoing")" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }
+step "undone by README.md: only dnsmasq is left"
+run sh -euc "$undoing" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }
+[ -z "${BOOT_PACKAGE-}" ] || grep -q 'dnsmasq stays' "$folder/log" || fail "purge does not say what stays"
 [ -z "$(run systemctl list-unit-files --no-legend 'instances*')" ] || fail "units are left"
 [ -z "$(run nft list tables)" ] || fail "tables are left"
-left=$(run find /run /etc /usr -name '*instances*' -not -name 'instances-*.py')
+left=$(run find /run /etc /usr /var/lib/misc -name '*instances*' -o -name br0.conf)
 [ -z "$left" ] || fail "files are left: $left"
-[ "$undo" = debian ] || guest_is open # of the package's lines, one takes dnsmasq's configuration away
+run test -s /var/lib/misc/dnsmasq.br0.leases || fail "dnsmasq has no leases"
+until_true 20 "dnsmasq on all addresses" busybox nslookup localhost 127.0.0.1
 until_true 20 "the guest is free" sh -c 'tail -n 1 /run/guest | grep -x open'
 halt
 step "as expected"

@@ -51,9 +51,7 @@ mount --rbind /dev "$root/dev"
 add_project
 fit_kernel
 
-# block N FILE: a page's fenced block of commands
-block() { awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }' "$top/$2"; }
-block 1 examples/debian/README.md >"$folder/lines"
+block examples/debian/README.md 'examples/debian/build.sh' >"$folder/lines"
 build=$(sed -n 1p "$folder/lines") install=$(sed -n 2p "$folder/lines")
 if [ "$release" = here ]; then
     build=${build##*&& }
@@ -166,9 +164,19 @@ guarded || fail "no guard"
 
 step "purged: only what the administrator put there, and dnsmasq's leases, are left"
 must dpkg --purge instances
+has 'dnsmasq stays' ../log
 not guarded || fail "the guard is left"
 expected="etc/dnsmasq.d/br0.conf etc/instances etc/instances/bridge.nft var/lib/misc/dnsmasq.br0.leases "
 [ "$(left)" = "$expected" ] || fail "left: $(left)"
+
+step "installed again, and undone by README.md: only dnsmasq's leases are left"
+dpkg_i "$version"
+must sh -euc "$(cat "$folder/steps")"
+must instances-apply
+guarded || fail "no guard"
+must sh -euc "$(block README.md 'dpkg --purge' | sed 's/ --now//')" # as above
+not guarded || fail "the guard is left"
+[ "$(left)" = "var/lib/misc/dnsmasq.br0.leases " ] || fail "left: $(left)"
 
 if [ "$release" != here ]; then
     step "AppArmor takes the snippet, as said in README.Debian"

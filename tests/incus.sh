@@ -54,16 +54,16 @@ for _ in $(seq 300); do
 done
 
 step "this project, by README.md and the page"
-# block N: a fenced block of commands of the text that comes in
-block() { awk -v n="$1" '/^```$/ { on = 0 } on { print } /^```sh$/ { on = ++blocks == n }'; }
 {
-    block 1 <"$top/examples/incus/README.md"
-    sed -n '/^## Installing/,/^## /p' "$top/README.md" | block 2 | grep -v '^apt-get'
+    block examples/incus/README.md 'ln -sf /dev/null'
+    block README.md 'install -m 755' | grep -v '^apt-get'
 } >"$folder/installing"
-for example in incus libvirt; do
-    echo "cd /root/instances/examples/$example"
-    block "$([ "$example" = incus ] && echo 2 || echo 1)" <"$top/examples/$example/README.md" | grep -v -e '^apt-get' -e '^incus launch'
-done >"$folder/pages"
+{
+    echo "cd /root/instances/examples/incus"
+    block examples/incus/README.md 'incus launch' | grep -v -e '^apt-get' -e '^incus launch'
+    echo "cd /root/instances/examples/libvirt"
+    block examples/libvirt/README.md 'apt-get install' | grep -v '^apt-get'
+} >"$folder/pages"
 run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "README.md"; }
 run cp /root/instances/examples/nftables/firewall.nft /etc/instances/
 run sh -c 'echo INSTANCES_ADDRESS_SETS=host,web >>/etc/default/instances'

@@ -17,15 +17,8 @@ if [ "${1-}" != inside ]; then
 fi
 
 group=/sys/fs/cgroup/${folder##*/}
-page=$top/examples/network/README.md
 
-# block FILE WORDS: the block of commands in a page that has these words
-block() {
-    awk -v words="$2" '/^```$/ { if (index(text, words)) printf "%s", text; text = ""; on = 0 }
-        on { text = text $0 "\n" }
-        /^```sh$/ { on = 1; text = "" }' "$1"
-}
-installing=$(block "$top/README.md" 'cp examples/nftables/bridge.nft' |
+installing=$(block README.md 'install -m 755' |
     grep -v -e bridge.nft -e br0.conf -e 'br0 host' -e 'restart dnsmasq')
 
 step "a root"
@@ -124,10 +117,10 @@ done
 
 step "installed by the main page, and etcd by its own"
 for host in a b c; do
-    lines "$host" "cd /root/instances; $(echo "$installing" | grep -v '^apt-get update')"
+    lines "$host" "cd /root/instances; $installing"
 done
-lines a "$(block "$page" 'openssl req')"
-etcd=$(block "$page" 'apt-get install -y etcd-server')
+lines a "$(block examples/network/README.md 'openssl req')"
+etcd=$(block examples/network/README.md 'apt-get install -y etcd-server')
 number=0
 for host in a b c; do
     number=$((number + 1))
@@ -135,21 +128,21 @@ for host in a b c; do
     cp "$folder/a/root/etcd/ca.crt" "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
     lines "$host" "$(echo "$etcd" | sed -e "s/^host=a/host=$host/" -e "s/^address=.*/address=192.0.2.$number/")"
 done
-healthy=$(block "$page" 'endpoint health')
+healthy=$(block examples/network/README.md 'endpoint health')
 for host in a b c; do until_true 60 "etcd of $host" on "$host" sh -euc "$healthy"; done
 [ "$(on a ss -Htln 'sport = 2379 or sport = 2380' | grep -cv -e 127.0.0.1:2379 -e 192.0.2.1:2380)" -eq 0 ] || fail "etcd listens elsewhere, too"
 
 step "the guard and the names"
 for host in a b c; do
-    lines "$host" "$(block "$page" 'cp network.nft')"
+    lines "$host" "$(block examples/network/README.md 'cp network.nft')"
     until_true 20 "the guard of $host" on "$host" sh -c 'nft list chain bridge instances at_forward | grep -q eth0'
 done
 
 step "one host writes"
-for host in a b c; do lines "$host" "$(block "$page" 'INSTANCES_WRITER=a')"; done
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'INSTANCES_WRITER=a')"; done
 on a sh -euc 'ip address add 10.83.0.1/24 dev br0; ip address add 2001:67c:83::1/80 dev br0 nodad; ip address add fd83:5eed::1/80 dev br0 nodad'
 until_true 20 "a writes" on a sh -c '[ ! -e /var/lib/misc/instances.follows ]'
-lines a "$(block "$page" 'cp ../dnsmasq/br0.conf')"
+lines a "$(block examples/network/README.md 'cp ../dnsmasq/br0.conf')"
 # guest HOST NUMBER: a guest of a host, which gets an address
 guest() {
     on "$1" sh -euc "ip netns add g$2; ip link add g$2 type veth peer name eth0 address 10:66:6a:4c:b0:1$2 netns g$2
@@ -177,7 +170,7 @@ on b ip netns exec g1 busybox ping -q -c 1 "$(on c ip netns exec g2 ip -4 -o add
 
 step "any host can be the one"
 on a sh -euc 'rm -f /etc/dnsmasq.d/br0.conf; ip address flush dev br0 scope global; systemctl stop dnsmasq'
-for host in a b c; do lines "$host" "$(block "$page" 'cp gateway.ip')"; done
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'cp gateway.ip')"; done
 leader_is() { [ "$(for host in a b c; do on "$host" ip link show gw0 >/dev/null 2>&1 && echo "$host"; done)" = "$1" ]; }
 find_leader() { for leading in a b c; do if leader_is "$leading"; then return 0; fi; done; return 1; }
 until_true 30 "a leader" find_leader
@@ -200,7 +193,7 @@ guest a 3
 known 10:66:6a:4c:b0:13
 
 step "undone: nothing is left"
-for host in a b c; do lines "$host" "$(block "$page" 'disable --now etcd')"; done
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'rm -rf /etc/etcd')"; done
 for host in a b c; do
     left=$(on "$host" sh -c 'ip -o link show; ip rule; ip -6 rule; nft list tables' | grep -e gw0 -e dns0 -e 'lookup 83' -e instances) || true
     [ -z "$left" ] || { on "$host" journalctl --no-pager -n 30 -o short-precise -u 'instances*' >&2; fail "left on $host: $left"; }

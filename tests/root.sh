@@ -11,6 +11,8 @@ fail() { say "FAILED: $*"; exit 1; }
 # cannot WHY: it can't be tried here, which with CI=true is a failure
 cannot() { say "$*"; [ "${CI-}" = true ] && exit 1; exit 77; }
 not() { ! "$@"; }
+# block PAGE WORDS: the commands of a page's block that has these words
+block() { "$top/tests/block.sh" "$@" || fail "no such block: $*"; }
 need() {
     [ "$(id -u)" -eq 0 ] || cannot "needs root"
     for program in "$@"; do
