@@ -225,6 +225,12 @@ not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for ea
 run rm /etc/instances/broken.nft
 works
 
+step "installed again by the page of examples/systemd"
+run sh -euc "cd /root/instances/examples/systemd; $(block examples/systemd/README.md 'install -m 755')" >"$folder/log" 2>&1 ||
+    { cat "$folder/log"; fail "the page"; }
+until_true 20 "the setting" grep -q web.v4 /var/lib/misc/instances.nftables_sets
+works
+
 step "undone by README.md: only dnsmasq is left"
 run sh -euc "$undoing" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }
 [ -z "${BOOT_PACKAGE-}" ] || grep -q 'dnsmasq stays' "$folder/log" || fail "purge does not say what stays"

@@ -179,8 +179,10 @@ not guarded || fail "the guard is left"
 [ "$(left)" = "var/lib/misc/dnsmasq.br0.leases " ] || fail "left: $(left)"
 
 if [ "$release" != here ]; then
-    step "AppArmor takes the snippet, as said in README.Debian"
+    step "AppArmor takes the snippet, as said on the page and in README.Debian"
     must apt-get install -y "/root/instances/$package"
+    must sh -euc "cd /root/instances; $(block examples/debian/README.md 'apparmor_parser -Q' | sed s/-r/-Q/)"
+    : >"$root/etc/apparmor.d/local/usr.sbin.dnsmasq"
     must sh -euc "$(sed -n '/^  cat.*apparmor/,/^$/{ s/apparmor_parser -r/apparmor_parser -Q/; p }' \
         "$top/examples/debian/debian/README.Debian")"
     must sh -c 'apparmor_parser -N /etc/apparmor.d/usr.sbin.dnsmasq | grep instances_update'

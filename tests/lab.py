@@ -114,6 +114,11 @@ def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
     return result
 
 
+def block(page: str, words: str) -> str:
+    """Return the fenced block of a page (examples/cron/README.md) that has these words."""
+    return run(TOP / "tests" / "block.sh", page, words).stdout
+
+
 def process_file(pid: str | int, name: str) -> str:
     """Return what /proc has in a file of a process, "" where the process is gone."""
     try:

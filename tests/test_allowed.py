@@ -4,7 +4,7 @@ import time
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import CHAINS, Host, Namespace, process_file, run, wait_for
+from lab import CHAINS, Host, Namespace, block, process_file, run, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
@@ -32,10 +32,8 @@ UNICAST = """\
         {other}
     }}
 """
-# The recipe's line in bridge.nft: who may speak VRRP
-SPEAKERS = """\
-        ether saddr != {{ {0}, {1} }} meta l4proto 112 counter goto instances_drop comment "VRRP"
-"""
+# The recipe's line in bridge.nft: who may speak VRRP, which are one and two
+SPEAKERS = block("examples/nftables/README.md", "meta l4proto 112")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def guests(tmp_path_factory):
     host = Host(tmp_path_factory.mktemp("allowed"))
     try:
         host.start_guarded()
-        guests = [host.client(name, f"10:66:6a:4c:a1:1{n}") for n, name in enumerate(("one", "two", "third"))]
+        guests = [host.client(name, f"10:66:6a:4c:a1:1{n}") for n, name in ((1, "one"), (2, "two"), (3, "third"))]
         for guest in guests:
             guest.dhcp4(guest.label)
             guest.dhcp6(guest.label)
@@ -167,7 +165,7 @@ def test_vrrp_of_a_third_guest_takes_nothing_where_the_bridge_has_a_line_against
     wait_taken(host, one)
     rules = host.folder / "rules" / "bridge.nft"
     text = rules.read_text()
-    rules.write_text(text.replace("chain guard {\n", "chain guard {\n" + SPEAKERS.format(one.mac, two.mac)))
+    rules.write_text(text.replace("chain guard {\n", "chain guard {\n" + SPEAKERS))
     try:
         host.run(*host.applying())
         process = start_keepalived(third, 255)

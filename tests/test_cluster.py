@@ -7,25 +7,26 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, PROCESS, UPDATE, Host, environment, wait_for
+from lab import EXAMPLES, PROCESS, UPDATE, Host, block, environment, wait_for
 
 pytestmark = pytest.mark.slow
 
-README = (EXAMPLES / "cluster" / "README.md").read_text()
-COMMANDS, MOVED = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = block("examples/cluster/README.md", "cp a.conf")
+MOVED = block("examples/cluster/README.md", "--remove MAC")
 GUEST = "10:66:6a:4c:a1:12"
 
 
-def run_readme(host: Host, block: str) -> None:
+def run_readme(host: Host, commands: str) -> None:
     """Run commands of the README on host a, or what they are on host b, with paths below the host's folder."""
     if host.folder.name == "b":
         for here, there in (("a.conf", "b.conf"), (".a.", ".b."), ("10.84.2.", "10.84.1."), ("fd84:2:", "fd84:1:")):
-            block = block.replace(here, there)
+            commands = commands.replace(here, there)
     other = 1 if host.folder.name == "b" else 2
-    block = block.replace("IPV4-ADDRESS-OF-B", f"192.0.2.{other}").replace("IPV6-ADDRESS-OF-B", f"2001:db8::{other}")
-    block = re.sub(r"/(?:var/lib/misc|etc/\w+(?:\.d)?)(?=/)", str(host.folder), block)
-    block = "systemctl() { :; }\n" + block  # the test starts and stops dnsmasq
-    host.run("sh", "-euc", block, cwd=EXAMPLES / "cluster", env=environment(host.base))
+    for word, address in (("IPV4-ADDRESS-OF-B", f"192.0.2.{other}"), ("IPV6-ADDRESS-OF-B", f"2001:db8::{other}")):
+        commands = commands.replace(word, address)
+    commands = re.sub(r"/(?:var/lib/misc|etc/\w+(?:\.d)?)(?=/)", str(host.folder), commands)
+    commands = "systemctl() { :; }\n" + commands  # the test starts and stops dnsmasq
+    host.run("sh", "-euc", commands, cwd=EXAMPLES / "cluster", env=environment(host.base))
 
 
 def start_dnsmasq(host: Host) -> None:

@@ -5,11 +5,10 @@ import re
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import APPLY, EXAMPLES, PROCESS, TOP, UPDATE, run
+from lab import APPLY, EXAMPLES, PROCESS, TOP, UPDATE, block, run
 
 FOLDER = EXAMPLES / "debian"
 DEBIAN = FOLDER / "debian"
@@ -17,14 +16,6 @@ PROGRAMS = (UPDATE, PROCESS, APPLY)
 pytestmark = pytest.mark.slow
 VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")
 DEFAULTS = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
-
-
-def blocks(page: Path, heading: str = "") -> list[str]:
-    """Return the fenced blocks of commands in a page, or below one of its headings."""
-    text = page.read_text()
-    if heading:
-        text = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    return re.findall("^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def indented(text: str) -> str:
@@ -146,14 +137,14 @@ def test_printed_next_steps_are_those_of_the_pages():
     assert steps.startswith("mkdir") and steps.endswith("dnsmasq\n")
     readme = (DEBIAN / "README.Debian").read_text()
     assert indented(readme.split("Next steps\n---")[1].split("\n---")[0]) == steps
-    by_hand = blocks(TOP / "README.md", "Installing")[1]
+    by_hand = block("README.md", "install -m 755")
     for command in ("instances-update.py --initialize", "systemctl enable", "systemctl restart"):
         assert re.search(f"^{command}.*", steps, re.MULTILINE)[0] in by_hand
 
 
 def test_both_pages_build_and_install_by_the_same_lines():
-    lines = blocks(TOP / "README.md", "Installing")[0]
-    assert lines == blocks(FOLDER / "README.md")[0] and lines.count("\n") == 2
+    lines = block("README.md", "examples/debian/build.sh")
+    assert lines == block("examples/debian/README.md", "examples/debian/build.sh") and lines.count("\n") == 2
 
 
 def test_apparmor_takes_the_snippet_in_a_profile_of_dnsmasq(tmp_path):

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, PROCESS, UPDATE, Host, Namespace, environment, has_ibrname, run, wait_for
+from lab import EXAMPLES, PROCESS, UPDATE, Host, Namespace, block, environment, has_ibrname, run, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FOLDER = EXAMPLES / "network"
-README = (FOLDER / "README.md").read_text()
 SECONDS = float(os.environ.get("NETWORK_SECONDS", "5"))  # how long what costs, or is without a majority, is looked at
 GATEWAY_MAC = "10:66:6a:4c:a1:fe"
 SNIFFER = """
@@ -159,8 +158,7 @@ class Member(Host):
 
 def certificates(folder):
     """Return the page's commands to make certificates, in a folder."""
-    block = next(text for text in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "openssl" in text)
-    return block.replace("/root/etcd", str(folder))
+    return block("examples/network/README.md", "openssl req").replace("/root/etcd", str(folder))
 
 
 class Site:

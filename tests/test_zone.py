@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, PROCESS, environment, run, run_script, wait_for
+from lab import EXAMPLES, PROCESS, block, environment, run, run_script, wait_for
 
 pytestmark = pytest.mark.slow
 
 ZONE = EXAMPLES / "zone" / "instances-zone.py"
-README = (EXAMPLES / "zone" / "README.md").read_text()
+ZONE_COMMANDS = block("examples/zone/README.md", ".py zone ")
+TINYDNS_COMMANDS = block("examples/zone/README.md", ".py tinydns ")
+AVAHI_COMMANDS = block("examples/zone/README.md", ".py avahi ")
 SERVER = ("instance.example", "ns.instance.example=192.0.2.53")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 REGISTRY = {
@@ -84,15 +86,14 @@ def serial(folder: Path) -> int:
     return int(re.search(r"(\d+)[ :]3600[ :]600[ :]", (folder / "made").read_text())[1])
 
 
-def readme_commands(word: str, folder: Path) -> None:
-    """Run the README's block that has a word, in the order as it stands there, with its paths below a folder."""
-    block = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if f".py {word} " in block)
-    for place in sorted(set(re.findall(r"/(?:var|etc|usr)/[^ \n]*/", block))):
+def run_commands(commands: str, folder: Path) -> None:
+    """Run commands of the page, with their paths below a folder."""
+    for place in sorted(set(re.findall(r"/(?:var|etc|usr)/[^ \n]*/", commands))):
         (folder / place[1:]).mkdir(parents=True, exist_ok=True)
-    block = re.sub(r"(?=/(?:var|etc|usr)/)", str(folder), block)
+    commands = re.sub(r"(?=/(?:var|etc|usr)/)", str(folder), commands)
     env = environment(folder / "instances")
     env["PATH"] = f"{folder}/usr/local/sbin:{ZONE.parent}:{env['PATH']}"
-    run("sh", "-euc", block, cwd=ZONE.parent, env=env)
+    run("sh", "-euc", commands, cwd=ZONE.parent, env=env)
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_readme_zone_is_loaded_by_bind_knot_and_nsd_whatever_the_registry_has(ho
     need("named", "named-checkzone", "nsd", "nsd-checkzone", "knotd")
     (host.folder / "var/lib/misc").mkdir(parents=True)
     make_hosts(host.folder / "var/lib/misc", REGISTRY | BAD_VALUES)
-    readme_commands("zone", host.folder)
+    run_commands(ZONE_COMMANDS, host.folder)
     file = host.folder / "var/lib/bind/instance.example.zone"
     text = file.read_text()
     for checker in ("named-checkzone", "nsd-checkzone"):
@@ -214,7 +215,7 @@ def test_tinydns_answers_by_where_the_client_is_and_no_instance_is_the_name_serv
     make_hosts(host.folder, REGISTRY | BAD_VALUES)
     (host.folder / "var/lib/misc").mkdir(parents=True)
     (host.folder / "instances.hosts").rename(host.folder / "var/lib/misc/instances.hosts")
-    readme_commands("tinydns", host.folder)
+    run_commands(TINYDNS_COMMANDS, host.folder)
     root = host.folder / "etc/tinydns/root"
     run("tinydns-data", cwd=root)
     env = environment(host.base) | {"ROOT": str(root), "UID": "0", "GID": "0"}
@@ -245,7 +246,7 @@ def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
     (etc / "avahi-daemon.conf").write_text("[server]\nenable-dbus=no\nallow-interfaces=br0\n")
     hosts = make_hosts(host.folder, REGISTRY | BAD_VALUES)
     hosts.rename(host.folder / "var/lib/misc/instances.hosts")
-    readme_commands("avahi", host.folder)
+    run_commands(AVAHI_COMMANDS, host.folder)
     assert (etc / "hosts.orig").read_text() == "# avahi's own\n"
     places = 'mount --bind "$1" /etc/avahi; mount -t tmpfs tmpfs /run; '
     avahi = places + "exec avahi-daemon --no-drop-root --no-chroot --no-rlimits"

@@ -1,0 +1,302 @@
+"""The commands of the pages: which test runs each block, and those that no other file runs."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMS, need
+from lab import EXAMPLES, TOP, Host, block, has_ibrname, make_etc, mounted, wait_for
+
+pytestmark = pytest.mark.slow
+# A test gets a block by block, block.sh or follow, and in no other way: so these calls say which blocks are run.
+CALL = re.compile(r"""\b(?:block|block\.sh|follow)[ (]["']?([\w/.]*README\.md)["']?,? ["']([^"'\n]+)["']""")
+PAGES = ["README.md", "tests/README.md", *(str(path.relative_to(TOP)) for path in sorted(EXAMPLES.glob("**/*.md")))]
+# Blocks that are not run, {page: {words of the block: why}}
+NOT_RUN = {
+    "README.md": {
+        "DHCP client": "a drawing",
+        "with the guard, the same attack again": "what the demonstration prints",
+        "add|old MAC": "usage",
+    },
+    "examples/egress/README.md": {"incus info": "wants Incus; test_egress.py starts the program that it starts"},
+    "examples/libvirt/README.md": {"<interface": "a part of a definition; libvirt.py has domains with such a one"},
+    "examples/network/README.md": {"rsync": "wants keys for ssh between two hosts"},
+    "examples/nftables/README.md": {"DOCKER-USER": "wants Docker's chains"},
+    "examples/systemd/README.md": {
+        "table inet mine": "how a rule file begins; test_apply.py has many",
+        "ExecStartPost": "a drop-in; boot.sh has such a one",
+    },
+}
+
+
+def fenced(page: Path) -> list[str]:
+    """Return the fenced blocks of a page."""
+    return re.findall("^```.*\n((?s:.*?))^```$", page.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_block_is_run_or_has_a_reason_why_not(page):
+    sources = [TOP / ".ci" / "run", *(TOP / "tests").glob("*.sh"), *(TOP / "tests").glob("*.py")]
+    calls = {words for path in sources for called, words in CALL.findall(path.read_text()) if called == page}
+    reasons = NOT_RUN.get(page, {})
+    for text in fenced(TOP / page):
+        run, excused = (any(words in text for words in which) for which in (calls, reasons))
+        assert run != excused, f"{page}: no test, or a test and a reason: {text}"
+    assert all(any(words in text for text in fenced(TOP / page)) for words in reasons), "a reason for no block"
+
+
+# ---- Blocks that no other test runs ----
+
+# In place of systemd, which does not work in a namespace (boot.sh has it): starts dnsmasq, and does the service's work
+SYSTEMCTL = """\
+#!/bin/sh
+set -eu
+case "$*" in
+"restart dnsmasq")
+    [ ! -e /run/dnsmasq.pid ] || kill "$(cat /run/dnsmasq.pid)"
+    while [ -e /run/dnsmasq.pid ]; do sleep 0.1; done
+    dnsmasq --conf-file=/dev/null --conf-dir=/etc/dnsmasq.d --pid-file=/run/dnsmasq.pid --user=root --no-resolv
+    ;;
+"enable --now instances.path instances.timer instances.service") instances-apply ;;
+esac
+"""
+
+
+class Machine(Host):
+    """A host whose /etc, /run, /usr/local/sbin and /var/lib/misc are its own, with a copy of this project."""
+
+    def __init__(self, folder: Path, **options):
+        super().__init__(folder, **options)
+        folder.chmod(0o755)  # dnsmasq's user reads /var/lib/misc
+        self.etc, self.sbin, self.top = make_etc(folder / "etc"), folder / "sbin", folder / "top"
+        for place in ("etc/dnsmasq.d", "etc/default", "etc/systemd/system", "etc/cron.d", "run", "sbin"):
+            (folder / place).mkdir(parents=True)
+        self.mounts = {"/etc": self.etc, "/run": folder / "run", "/usr/local/sbin": self.sbin, "/var/lib/misc": folder}
+        for name, text in (("systemctl", SYSTEMCTL), ("apt-get", "#!/bin/sh\n")):  # what it needs is installed
+            (self.sbin / name).write_text(text)
+            (self.sbin / name).chmod(0o755)
+        shutil.copytree(TOP, self.top, ignore=shutil.ignore_patterns(".git", "tests"))
+        if not has_ibrname():
+            take_out = block("examples/nftables/README.md", "meta ibrname")
+            self.shell(take_out.replace("/etc/instances", "examples/nftables"))
+
+    def shell(self, commands: str, page: str = "README.md") -> str:
+        """Run commands as root in the folder of a page; return what they print."""
+        env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+        folder = (self.top / page).parent
+        return self.run(*mounted(self.mounts), "sh", "-euc", f"cd {folder}\n{commands}", env=env).stdout
+
+    def follow(self, page: str, words: str) -> str:
+        """Run a block of a page; return what it prints."""
+        return self.shell(block(page, words), page)
+
+    def close(self) -> None:
+        """End what the commands have started, and take the host away."""
+        for pid in self.run("ip", "netns", "pids", self.name).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        super().close()
+
+
+def made(folder: Path, **options):
+    """Give a host, and take it away."""
+    need(*PROGRAMS)
+    machine = Machine(folder, **options)
+    yield machine
+    machine.close()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A host with the bridge br0, and nothing installed."""
+    yield from made(tmp_path)
+
+
+@pytest.fixture
+def bridgeless(tmp_path):
+    """A host without a bridge, and nothing installed."""
+    yield from made(tmp_path, bridge=False)
+
+
+@pytest.fixture
+def machine(bare):
+    """A host on which the first page was followed."""
+    bare.follow("README.md", "install -m 755")
+    return bare
+
+
+@pytest.fixture
+def guests(machine):
+    """Two guests with leases, whose MAC addresses are those of the pages: web and db."""
+    guests = [machine.client(name, f"10:66:6a:4c:a1:1{n}") for n, name in ((1, "web"), (2, "db"))]
+    for guest in guests:
+        guest.dhcp4(guest.label)
+    machine.shell("instances-apply")
+    return guests
+
+
+def pings_from(guest, source: str, target: str = "10.83.0.1") -> bool:
+    """Tell whether the host answers a guest's other address."""
+    return guest.run("ping", "-n", "-c", "1", "-W", "1", "-I", source, target, check=False).returncode == 0
+
+
+def assert_answered(guest) -> None:
+    """Wait until the host answers a guest over both IP versions, also after questions that were dropped."""
+    for address in ("10.83.0.1", "2001:67c:83::1"):
+        wait_for(lambda a=address: guest.pings(a), f"{address} answers {guest.label}")
+
+
+def take(guest, *addresses: str) -> None:
+    """Have a guest take addresses."""
+    for address in addresses:
+        guest.run("ip", "address", "add", address, "dev", "eth0", *(["nodad"] if ":" in address else []))
+
+
+def test_dnsmasq_page_gives_the_bridge_names_and_leases(bare):
+    shutil.copy(TOP / "instances-update.py", bare.sbin)
+    bare.follow("examples/dnsmasq/README.md", "cp br0.conf")
+    bare.client("web", "10:66:6a:4c:a1:11").dhcp4("web")
+    assert bare.registry()["10:66:6a:4c:a1:11"]["name"] == "web"
+    (bare.folder / "instances.hosts.d" / "names").write_text("10.83.0.1 host.instance.internal\n")
+    ask = ("dig", "+short", "@10.83.0.1", "host.instance.internal")
+    wait_for(lambda: bare.run(*ask).stdout == "10.83.0.1\n", "a name")
+
+
+def test_nftables_page_loads_both_tables(machine):
+    machine.follow("examples/nftables/README.md", "cp bridge.nft firewall.nft")
+    tables = machine.run("nft", "list", "tables").stdout
+    assert "table bridge instances\n" in tables and "table inet instances\n" in tables
+
+
+def test_nftables_recipe_tells_who_was_dropped(machine, guests):
+    take(guests[0], "10.83.0.66/24")
+    assert not pings_from(guests[0], "10.83.0.66")
+    told = machine.follow("examples/nftables/README.md", "nft list set")
+    assert re.search("10:66:6a:4c:a1:11 counter packets [1-9]", told) and '"name": "web"' in told
+
+
+def test_nftables_recipe_observes_then_enforces(machine, guests):
+    take(guests[0], "10.83.0.66/24")
+    machine.follow("examples/nftables/README.md", "=observe")
+    assert pings_from(guests[0], "10.83.0.66")
+    assert guests[0].mac in machine.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+    machine.follow("examples/nftables/README.md", "nft flush set")
+    assert guests[0].mac not in machine.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+    assert not pings_from(guests[0], "10.83.0.66")
+
+
+def test_nftables_recipe_enters_a_fixed_address(machine):
+    mail = machine.client("mail", "10:66:6a:4c:a1:20")
+    take(mail, "10.83.0.20/24", "2001:67c:83::20/80")
+    assert not mail.pings("10.83.0.1") and not mail.pings("2001:67c:83::1")
+    machine.follow("examples/nftables/README.md", "mail")
+    machine.shell("instances-apply")
+    assert_answered(mail)
+    wait_for(lambda: mail.resolve("mail.instance.internal", "AAAA") == ["2001:67c:83::20"], "its name")
+
+
+def test_nftables_recipe_allows_an_address_to_several_guests(machine, guests):
+    for guest in guests:
+        take(guest, "10.83.0.50/24")
+        assert not pings_from(guest, "10.83.0.50")
+        guest.run("ip", "address", "delete", "10.83.0.50/24", "dev", "eth0")
+    machine.follow("examples/nftables/README.md", "--allow 10:66:6a:4c:a1:12")
+    machine.shell("instances-apply")
+    for guest in guests:
+        take(guest, "10.83.0.50/24", "2001:67c:83::50/80")
+        machine.run("ip", "neighbour", "flush", "dev", "br0")
+        assert pings_from(guest, "10.83.0.50") and pings_from(guest, "2001:67c:83::50", "2001:67c:83::1")
+        for address in ("10.83.0.50/24", "2001:67c:83::50/80"):
+            guest.run("ip", "address", "delete", address, "dev", "eth0")
+
+
+def test_nftables_recipe_allows_a_network_behind_a_guest(machine, guests):
+    web = guests[0]
+    leased = web.addresses("10.83")[0]
+    # The page's guest has fixed addresses.
+    web.run("ip", "address", "delete", f"{leased}/24", "dev", "eth0")
+    take(web, "10.83.0.11/24", "2001:67c:83::11/80")
+    for address in ("10.83.0.11", "2001:67c:83::11"):
+        machine.shell(f"DNSMASQ_MAC={web.mac} instances-update.py add {web.mac} {address}")
+    for address in ("10.99.0.1/24", "2001:67c:99::1/64"):
+        web.run("ip", "address", "add", address, "dev", "lo")
+    machine.shell("instances-apply")
+    assert_answered(web)  # it knows the host's MAC address from now on
+    assert not pings_from(web, "10.99.0.1") and not pings_from(web, "2001:67c:99::1", "2001:67c:83::1")
+    machine.follow("examples/nftables/README.md", "10.99.0.0/24")
+    machine.shell("instances-apply")
+    assert pings_from(web, "10.99.0.1") and pings_from(web, "2001:67c:99::1", "2001:67c:83::1")
+
+
+def put_first_in_guard(machine, line: str) -> None:
+    """Put a line before the first one of chain guard, as the page says."""
+    rules = machine.etc / "instances" / "bridge.nft"
+    rules.write_text(rules.read_text().replace("    chain guard {\n", f"    chain guard {{\n{line}"))
+    machine.shell("instances-apply")
+
+
+def test_nftables_recipe_leaves_ipv6_alone(machine, guests):
+    take(guests[0], "2001:67c:83::abcd/80")
+    assert not guests[0].pings("2001:67c:83::1")
+    put_first_in_guard(machine, block("examples/nftables/README.md", "ether type ip6 return"))
+    assert_answered(guests[0])
+
+
+def test_nftables_recipe_for_a_kernel_that_does_not_know_a_frames_bridge(machine):
+    shutil.copy(EXAMPLES / "nftables" / "bridge.nft", machine.etc / "instances")
+    machine.follow("examples/nftables/README.md", "meta ibrname")
+    machine.shell("nft -f /etc/instances/bridge.nft")
+    assert "ibrname" not in machine.run("nft", "list", "ruleset").stdout
+
+
+def test_cron_page_installs_its_line_and_undoes_all(machine):
+    machine.follow("examples/cron/README.md", "install -m 644 instances")
+    assert "instances-apply" in (machine.etc / "cron.d" / "instances").read_text()
+    machine.shell("instances-apply")
+    assert "web.v4" in (machine.folder / "instances.nftables_sets").read_text()
+    machine.follow("examples/cron/README.md", "rm -r /etc/cron.d/instances")
+    assert not machine.run("nft", "list", "tables").stdout
+    left = [str(path) for place in ("etc", "run", "sbin") for path in (machine.folder / place).rglob("instances*")]
+    assert {Path(path).suffix for path in left} <= {".py", ".path", ".service", ".timer"}, left
+
+
+def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force(machine):
+    machine.follow("examples/egress/README.md", "instances-egress allow")
+    config = (machine.etc / "dnsmasq.d" / "egress.conf").read_text()
+    assert "nftset=/debian.org/" in config and "nftset=/pypi.org/" in config
+    assert "@web.v4.instance" in machine.run("nft", "list", "table", "inet", "egress-rules").stdout
+    assert machine.run("dig", "+short", "@10.83.0.1", "host.instance.internal").stdout == "10.83.0.1\n"
+
+
+def test_routed_page_gives_the_guest_of_a_binding_its_lease_and_undoes_all(bridgeless):
+    need("dhcp_release")
+    links = bridgeless.run("ip", "-br", "link").stdout
+    bridgeless.follow("examples/routed/README.md", "mkdir -p /etc/routed")
+    bridgeless.follow("examples/routed/README.md", "ip link add gw0")
+    (bridgeless.etc / "routed" / "web").write_text(block("examples/routed/README.md", "INDEV="))
+    guest = bridgeless.client("web", "10:66:6a:4c:a1:11", "tap0", bridge="")
+    bridgeless.shell("instances-binding add /etc/routed/web")
+    guest.dhcp4()
+    assert guest.addresses("10.85") == ["10.85.0.11"] and bridgeless.registry()[guest.mac]["name"] == "web"
+    bridgeless.shell("instances-binding remove /etc/routed/web")
+    bridgeless.follow("examples/routed/README.md", "ip link delete gw0")
+    bridgeless.run("ip", "link", "delete", "tap0")
+    assert bridgeless.run("ip", "-br", "link").stdout == links and not bridgeless.run("nft", "list", "tables").stdout
+    assert not (bridgeless.folder / "routed").exists() and not (bridgeless.sbin / "instances-binding").exists()
+
+
+def test_bridge_page_brings_its_bridge_up(bridgeless):
+    need("ifup", "sysctl")
+    network = bridgeless.etc / "network"
+    for folder in ("interfaces.d", "if-pre-up.d", "if-up.d", "if-down.d", "if-post-down.d"):
+        (network / folder).mkdir(parents=True)
+    (network / "interfaces").write_text("source /etc/network/interfaces.d/*\n")  # as Debian has it
+    bridgeless.follow("examples/bridge/README.md", "ifup vmbr0")
+    bridgeless.client("web", "10:66:6a:4c:a1:11", bridge="vmbr0").dhcp4("web")
+    assert bridgeless.registry()["10:66:6a:4c:a1:11"]["ipv4"].startswith("10.83.1.")
+    bridgeless.shell("ifdown vmbr0")
+    assert "vmbr0" not in bridgeless.run("ip", "-br", "link").stdout
