@@ -78,6 +78,6 @@ run python3 -B /root/instances/tests/libvirt.py || fail "see above"
 step "undone by both pages"
 run sh -euc "$(block examples/libvirt/README.md 'disable --now'; block examples/incus/README.md 'incus profile delete')" \
     >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the undo lines"; }
-left=$(run find /etc /usr/local -name qemu -o -name 'instances-libvirt*' -o -name 'instances-incus*')
+left=$(run find /etc /usr/local -path '*hooks/qemu' -o -name 'instances-libvirt*' -o -name 'instances-incus*')
 [ -z "$left" ] || fail "files are left: $left"
 step "as expected"
