@@ -115,7 +115,7 @@ for host in a b c; do
     plug "$host" "$number"
 done
 
-step "installed by the main page, and etcd by its own"
+step "installed by the first page, and etcd by its own"
 for host in a b c; do
     lines "$host" "cd /root/instances; $installing"
 done

@@ -24,7 +24,7 @@ NOT_RUN = {
     },
     "examples/egress/README.md": {"incus info": "wants Incus; test_egress.py starts the program that it starts"},
     "examples/libvirt/README.md": {"<interface": "a part of a definition; libvirt.py has domains with such a one"},
-    "examples/network/README.md": {"rsync": "wants keys for ssh between two hosts"},
+    "examples/network/README.md": {"rsync": "wants ssh between two hosts"},
     "examples/nftables/README.md": {"DOCKER-USER": "wants Docker's chains"},
     "examples/systemd/README.md": {
         "table inet mine": "how a rule file begins; test_apply.py has many",
