@@ -264,12 +264,14 @@ def test_cron_page_installs_its_line_and_undoes_all(machine):
     assert {Path(path).suffix for path in left} <= {".py", ".path", ".service", ".timer"}, left
 
 
-def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force(machine):
+def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force_until_it_is_undone(machine):
     machine.follow("examples/egress/README.md", "instances-egress allow")
     config = (machine.etc / "dnsmasq.d" / "egress.conf").read_text()
     assert "nftset=/debian.org/" in config and "nftset=/pypi.org/" in config
     assert "@web.v4.instance" in machine.run("nft", "list", "table", "inet", "egress-rules").stdout
     assert machine.run("dig", "+short", "@10.83.0.1", "host.instance.internal").stdout == "10.83.0.1\n"
+    machine.follow("examples/egress/README.md", "rm -r /etc/instances/egress.nft")
+    assert "egress" not in machine.run("nft", "list", "tables").stdout and not list(machine.etc.rglob("*egress*"))
 
 
 def test_routed_page_gives_the_guest_of_a_binding_its_lease_and_undoes_all(bridgeless):
