@@ -188,7 +188,7 @@ def test_vmbridge_takes_over_what_a_killed_start_has_left(vmbridge):
         ("br0", ("stop", "nat"), 2, "usage: vmbridge"),
         ("none", ("start",), 1, "none: no such bridge"),
         ("lo", ("start",), 1, "lo: no such bridge"),
-        ("../x", ("start",), 1, "../x: no name of a bridge"),
+        ("../x", ("start",), 1, "../x: not the name of a bridge"),
         ("empty", ("start",), 1, "empty: has no IPv4 address"),
         ("small", ("start",), 1, "small: 10.9.9.1/29 is too small"),
         ("br0", ("reload",), 1, "br0: does not run"),

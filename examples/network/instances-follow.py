@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Keep the registry of instances the same on all hosts of one network, by way of etcd. Runs until it is ended.
 
-The host that INSTANCES_WRITER names sends its registry to etcd after each change. All others follow: they put what etcd
-has in place of their own, whole and checked, as instances-update.py would, and leave the marker that has it processed.
+The host that INSTANCES_WRITER names sends its registry to etcd after each change. All others follow: they replace their
+own with what etcd has, whole and checked, as instances-update.py would, and make the marker, so that it is processed.
 BASE.follows says that a host follows, and whom: there, instances-update.py refuses to change anything.
 """
 
@@ -24,8 +24,8 @@ INSTANCES_WRITER, the host that writes the registry; INSTANCES_HOST, this one (i
 address (127.0.0.1:2379); INSTANCES_TLS, the folder of ca.crt, host.crt and host.key (/etc/etcd)."""
 
 LOOK = 0.1  # how often the writer looks whether its file was changed, in seconds
-CHECK = 10  # how often a follower asks although etcd has told of no change
-PATIENCE = 1  # how long each part of an answer of etcd's may take, and how long to wait when something failed
+CHECK = 10  # how often a follower asks, in seconds, although etcd has reported no change
+PATIENCE = 1  # seconds that each part of etcd's answer may take, and to wait after a failure
 
 # The durable way to read and replace the registry stands in instances-update.py.
 sys.dont_write_bytecode = True
@@ -135,7 +135,7 @@ class Registry:
         self.same = entry["mod_revision"], self.state()
 
     def follow(self, reason, seconds):
-        """Take what etcd has, then wait until it tells of a change, or as long."""
+        """Take what etcd has, then wait until it reports a change, or for so many seconds."""
         self.refuse(reason)
         keys = {"key": encoded(self.folder), "range_end": encoded(self.folder[:-1] + "0")}  # 0 comes after the slash
         watch = self.watch or self.etcd.ask("watch", stream=True, create_request=keys)  # first: so nothing is missed
@@ -161,7 +161,7 @@ class Registry:
 
 
 def repeat(step):
-    """Do a step for ever. What fails is told once, and once when it is over."""
+    """Do a step for ever. A failure is reported once when it begins and once when it is over."""
     told = ""
     while True:
         try:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Have one of a network's hosts at a time, the leader, be its gateway and run its dnsmasq. Runs until it is ended.
 
-Who leads has the key "leader" in etcd, which etcd deletes when the lease behind it was not renewed for TTL seconds. Who
-could not renew it stops STOP seconds after the last renewal began: by itself, and by the kernel's clock if it hangs.
+The leader has the key "leader" in etcd, which etcd deletes if its lease is not renewed for TTL seconds. A leader that
+can't renew it stops STOP seconds after the last renewal began: by itself, or by the kernel's clock if it hangs.
 The leader sends its registry to etcd while the key is its own; the others follow, as with instances-follow.py. A new
-leader begins with the registry that the majority has, so that all who are registered keep their addresses.
+leader begins with the registry that the majority has, so that all registered guests keep their addresses.
 """
 
 import contextlib

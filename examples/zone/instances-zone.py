@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Make the file that another name server reads, of the names that instances-process.py made for dnsmasq.
+"""Make the file that another name server reads, from the names that instances-process.py made for dnsmasq.
 
-What stands there is checked already. A zone's serial goes up with every change, and never back (RFC 1982).
+These are checked already. A zone's serial goes up with every change, and never back (RFC 1982).
 """
 
 import fcntl
@@ -16,14 +16,14 @@ USAGE = """\
 usage: instances-zone.py zone|tinydns HOSTS FILE DOMAIN SERVER[=ADDRESS] ...
        instances-zone.py avahi HOSTS FILE local
 
-Of HOSTS (/var/lib/misc/instances.hosts), make FILE: a zone file (RFC 1035), tinydns's data, or avahi's hosts.
-SERVER is the name of a name server of DOMAIN; one below DOMAIN needs an ADDRESS, and is given twice for two.
+Makes FILE from HOSTS (/var/lib/misc/instances.hosts): a zone file (RFC 1035), tinydns's data, or avahi's hosts.
+SERVER is the name of a name server of DOMAIN; one below DOMAIN needs an ADDRESS, and is repeated for a second one.
 Exit status: 0 done, or nothing to do; 1 error, FILE is as it was; 2 wrong usage."""
 
 LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # RFC 1123, section 2.1
 PRIVATE = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 fc00::/7"
 # What IANA's special-purpose address registries do not call globally reachable, multicast, and what is not assigned.
-# It is written out, for that of ipaddress changes with Python.
+# It is written out, since that of ipaddress changes between releases of Python.
 SPECIAL = """
 0.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24
 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/3
@@ -37,7 +37,7 @@ def say(message):
 
 
 def check_domain(text, longest=253):
-    """Return a domain as it is. ValueError if it is none, or has more characters than this."""
+    """Return a domain unchanged. ValueError if it is not one, or has more characters than this."""
     if not re.fullmatch(rf"({LABEL}\.)*{LABEL}", text) or text.rpartition(".")[2].isdigit() or len(text) > longest:
         raise ValueError(f"{text!r}: not a domain name (without a dot at its end) of {longest} characters at most")
     return text
