@@ -17,8 +17,6 @@ if [ "${1-}" != inside ]; then
 fi
 
 group=/sys/fs/cgroup/${folder##*/}
-page=$top/examples/adopting/README.md
-recipes=$top/examples/nftables/README.md
 
 step "a root"
 make_root
@@ -145,17 +143,10 @@ until_true() {
         sleep 0.2
     done
 }
-# block PAGE WORDS: the block of commands in a page that begins with these words; with the lease file of this dnsmasq
-block() {
-    awk -v words="$2" '/^```$/ { if (index(text, words) == 1) printf "%s", text; text = ""; on = 0 }
-        on { text = text $0 "\n" }
-        /^```sh$/ { on = 1; text = "" }' "$1" | sed 's,/var/lib/misc/dnsmasq\.leases,/var/lib/misc/lan.leases,'
-}
-# follow PAGE WORDS: run that block as it stands
+# follow PAGE WORDS: run the block that has these words, with the lease file of this dnsmasq
 follow() {
-    commands=$(block "$@")
-    [ -n "$commands" ] || fail "no block begins: $2"
-    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that begins: $2"
+    commands=$(block "$@" | sed 's,/var/lib/misc/dnsmasq\.leases,/var/lib/misc/lan.leases,')
+    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $2"
 }
 # state: what is on the disk, and in force
 state() {
@@ -195,36 +186,36 @@ leases >"$folder/leases"
 run sh /root/pings
 
 step "names"
-follow "$page" 'ss -lunp'
+follow examples/adopting/README.md 'ss -lunp'
 grep -q 'users:(("dnsmasq"' "$folder/output" || fail "the page does not find the DHCP server"
 grep -q 'dhcp-leasefile=/var/lib/misc/lan.leases' "$folder/output" || fail "the page does not find the lease file"
-follow "$page" 'apt-get update'
+follow examples/adopting/README.md 'apt-get update'
 names dig +short +timeout=1 @10.83.0.1
 
 step "compared"
-follow "$page" 'leases='
+follow examples/adopting/README.md 'leases=/var'
 [ "$(grep -cE '^(2001|fd83):.* [a-z]+$' "$folder/output")" -eq 10 ] || failed "IPv6 leases are not missed"
-follow "$page" 'awk'
+follow examples/adopting/README.md 'DNSMASQ_MAC=$mac'
 cp "$folder/output" "$folder/entered"
-follow "$recipes" 'instances-update.py add'
-follow "$page" 'leases='
+follow examples/nftables/README.md 'instances-update.py add'
+follow examples/adopting/README.md 'leases=/var'
 echo '10.83.0.166 10:66:6a:4c:a1:66' | cmp -s - "$folder/output" || { cat "$folder/entered" >&2; failed "compared"; }
 
 step "observed"
-follow "$page" 'cp examples/nftables/bridge.nft'
+follow examples/adopting/README.md 'cp examples/nftables/bridge.nft'
 goes rogue || fail "the guard drops while it observes"
-follow "$page" 'nft list set'
+follow examples/adopting/README.md 'nft list set'
 [ "$(grep -o '10:66:6a:4c:a1:.. counter' "$folder/output")" = '10:66:6a:4c:a1:66 counter' ] || failed "others would be dropped"
 grep -q 'packets [1-9].*goto' "$folder/output" || fail "no rule counts"
 
 step "enforced"
-follow "$page" "sed -i '/^INSTANCES_GUARD=/d'"
+follow examples/adopting/README.md 'nft flush set'
 not goes rogue || fail "the guard lets an attacker through"
 run nft list set bridge instances instances_dropped | grep -q 10:66:6a:4c:a1:66 || fail "what stops it is not the guard"
 
 step "the host asks, by unbound, by systemd-resolved, and dnsmasq alone"
 nameless getent ahosts
-follow "$page" 'cp examples/adopting/unbound.conf'
+follow examples/adopting/README.md 'cp examples/adopting/unbound.conf'
 names getent ahostsv4
 run sh -euc 'rm /etc/unbound/unbound.conf.d/instances.conf; systemctl reload unbound'
 until_true 20 "unbound" getent hosts www.example.org
@@ -236,9 +227,9 @@ run sh -euc "systemctl stop unbound; cp /etc/dnsmasq.d/lan.conf /etc/default/dns
     systemctl start systemd-resolved; systemctl restart dnsmasq; resolvectl dns server 192.0.2.53; resolvectl domain server '~.'"
 until_true 10 "refused without a server" sh -c 'ip netns exec web dig +timeout=1 @10.83.0.1 www.example.org | grep REFUSED'
 nameless getent ahosts
-follow "$page" 'echo IGNORE_RESOLVCONF'
+follow examples/adopting/README.md 'echo IGNORE_RESOLVCONF'
 until_true 10 "another name" sh -c 'ip netns exec web dig +timeout=1 +short @10.83.0.1 www.example.org | grep 192.0.2.80'
-follow "$page" 'cp examples/adopting/instances-resolved.service'
+follow examples/adopting/README.md 'cp examples/adopting/instances-resolved.service'
 names getent ahostsv4
 run systemctl --quiet disable --now instances-resolved.service
 run rm /etc/systemd/system/instances-resolved.service
@@ -257,7 +248,7 @@ run sh -euc 'mv /root/lan.conf /etc/dnsmasq.d/; mv /root/dnsmasq /etc/default/
     systemctl reset-failed dnsmasq' # or there were too many starts
 
 step "another domain, and back"
-follow "$top/examples/dnsmasq/README.md" "sed -i 's/instance"
+follow examples/dnsmasq/README.md 'vm.example.org'
 until_true 20 "another domain" sh -c 'dig +short +timeout=1 @10.83.0.1 web.vm.example.org | grep -F 10.83.0.'
 nameless dig +short +timeout=1 @10.83.0.1
 run sh -euc 'sed -i s/vm.example.org/instance.internal/ /etc/dnsmasq.d/*.conf
@@ -265,15 +256,14 @@ run sh -euc 'sed -i s/vm.example.org/instance.internal/ /etc/dnsmasq.d/*.conf
 names dig +short +timeout=1 @10.83.0.1
 
 step "gone back, step by step"
-follow "$page" 'echo INSTANCES_GUARD=observe'
+follow examples/adopting/README.md '=observe >>/etc/default/instances\ninstances-apply'
 goes rogue || fail "it does not observe again"
-follow "$page" 'rm /etc/instances/bridge.nft'
+follow examples/adopting/README.md 'rm /etc/instances/bridge.nft'
 [ -z "$(run nft list ruleset)" ] || fail "the guard is left"
 names dig +short +timeout=1 @10.83.0.1
-follow "$page" 'rm /etc/dnsmasq.d/instances.conf'
+follow examples/adopting/README.md 'rm /etc/dnsmasq.d/instances.conf'
 nameless dig +short +timeout=1 @10.83.0.1
-follow "$top/examples/systemd/README.md" 'systemctl disable'
-follow "$page" 'rm -r'
+follow README.md 'dpkg --purge'
 state | diff "$folder/before" - || fail "something is left"
 
 step "nobody has lost a ping or an address"
