@@ -75,6 +75,15 @@ run python3 -B /root/instances/tests/incus.py || fail "see above"
 step "libvirt"
 run python3 -B /root/instances/tests/libvirt.py || fail "see above"
 
+step "a container by itself, by the page of examples/egress"
+run sh -euc "install -m 755 /root/instances/examples/egress/instances-egress /usr/local/sbin/
+    mkdir /etc/egress; echo example.org >/etc/egress/profile
+    $(block examples/egress/README.md 'incus info web')" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the page"; }
+rules='nsenter -n -t "$(incus info web | sed -n "s/^PID: //p")" nft list table inet egress'
+run sh -c "$rules" >"$folder/log" || fail "no rules in the container"
+run systemctl stop egress-web
+not run sh -c "$rules" >"$folder/log" 2>&1 || fail "rules are left in the container"
+
 step "undone by both pages"
 run sh -euc "$(block examples/libvirt/README.md 'disable --now'; block examples/incus/README.md 'incus profile delete')" \
     >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the undo lines"; }
