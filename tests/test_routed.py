@@ -710,3 +710,24 @@ def test_binding_of_what_another_has_is_refused(standing):
     same = standing.file(7, INDEV="tap8", MAC="10:66:6a:4c:a1:18", IP="10.85.0.18")
     assert standing.binding("add", same).returncode == 1
     standing.remove("tap7")
+
+
+def test_record_is_on_disk_before_it_is_in_place(standing, tmp_path):
+    need("strace")
+    log = tmp_path / "strace"
+    traced = ("strace", "-f", "-y", "-qq", "-e", "trace=fsync,rename", "-o", log)
+    standing.host.run(*standing.mounted, *traced, BINDING, "add", standing.file(7), env=standing.env)
+    calls = re.findall(r"(fsync|rename)\(", log.read_text())
+    assert calls == ["fsync", "rename"] * 3  # the record, the option and the lease
+    standing.remove("tap7")
+
+
+def test_record_that_is_damaged_is_told_of_and_keeps_no_other_from_being_restored(standing):
+    standing.add(6)
+    standing.add(7)
+    for text in ("", "\0" * 100, "device=tap6\nmac='10:66"):
+        (standing.state / "bindings" / "tap6").write_text(text)
+        result = standing.binding("restore")
+        assert result.returncode == 0 and re.fullmatch(r".*tap6 is damaged.*\n.*tap7: restored\n", result.stderr)
+    standing.add(6)
+    standing.remove("tap6", "tap7")
