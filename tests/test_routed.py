@@ -731,3 +731,13 @@ def test_record_that_is_damaged_is_told_of_and_keeps_no_other_from_being_restore
         assert result.returncode == 0 and re.fullmatch(r".*tap6 is damaged.*\n.*tap7: restored\n", result.stderr)
     standing.add(6)
     standing.remove("tap6", "tap7")
+
+
+def test_restore_of_a_device_in_a_bridge_is_refused(standing):
+    standing.host.run("ip", "link", "add", "vif4", "type", "veth", "peer", "name", "other")
+    standing.add(4, INDEV="vif4")
+    standing.host.run("ip", "link", "set", "vif4", "master", "br0")
+    result = standing.binding("restore", "vif4")
+    assert result.returncode == 1 and "vif4 is in a bridge" in result.stderr
+    standing.remove("vif4")
+    standing.host.run("ip", "link", "delete", "vif4")
