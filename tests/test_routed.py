@@ -741,3 +741,14 @@ def test_restore_of_a_device_in_a_bridge_is_refused(standing):
     assert result.returncode == 1 and "vif4 is in a bridge" in result.stderr
     standing.remove("vif4")
     standing.host.run("ip", "link", "delete", "vif4")
+
+
+def test_device_is_meant_where_another_binding_has_a_file_of_that_name(standing):
+    file = standing.file(7)
+    file.rename(standing.host.folder / "tap8")
+    for path in (standing.host.folder / "tap8", standing.file(8)):
+        assert standing.binding("add", path).returncode == 0
+    inside = ("sh", "-c", 'cd "$1" && exec "$2" remove tap8', "sh", standing.host.folder, BINDING)
+    standing.host.run(*standing.mounted, *inside, env=standing.env)
+    assert standing.binding("list").stdout.split()[0] == "tap7"
+    standing.remove("tap7")
