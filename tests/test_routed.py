@@ -752,3 +752,8 @@ def test_device_is_meant_where_another_binding_has_a_file_of_that_name(standing)
     standing.host.run(*standing.mounted, *inside, env=standing.env)
     assert standing.binding("list").stdout.split()[0] == "tap7"
     standing.remove("tap7")
+
+
+def test_it_runs_where_the_environment_has_no_path(standing):
+    result = standing.host.run(*standing.mounted, "env", "-i", BINDING, "list", check=False)
+    assert result.returncode == 0 and result.stderr == ""
