@@ -192,8 +192,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+    sys.exit(files.run(main))
