@@ -93,7 +93,8 @@ class Registry:
         self.path, self.followed = f"{self.base}.json", f"{self.base}.follows"
         self.folder = f"/{os.path.basename(self.base)}/"  # of the keys in etcd
         self.key = self.folder + "registry"
-        self.same = self.watch = None  # the revision in etcd and the state of the file when they were the same last
+        self.same = None  # the revision in etcd and the state of the file when they were the same last
+        self.watch = None  # the connection by which etcd tells of changes
 
     def state(self):
         """Return what changes with each change of the file, None where there is none."""
@@ -187,7 +188,7 @@ def main(arguments):
     registry = Registry()
     if writer != (os.environ.get("INSTANCES_HOST") or os.uname().nodename):
         return repeat(lambda: registry.follow(f"{writer} writes it", CHECK))
-    if not registry.state():  # it was lost, and etcd may have it
+    if not registry.state():  # it is new or was lost: nobody is registered before etcd was asked
         registry.refuse("etcd is asked for it first")
     return repeat(registry.write)
 

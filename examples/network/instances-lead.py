@@ -84,14 +84,14 @@ class Host:
         self.until = self.renewal = 0  # when a leader has to stop, and to renew the lease: by the monotonic clock
 
     def holder(self, **options):
-        """Return the lease behind the leader's key, None if there is none, and why others change nothing."""
+        """Return the lease behind the leader's key, None if there is none, and the reason to refuse changes."""
         entry = self.etcd.get(self.key, **options)
         if not entry:
             return None, NOBODY
         return entry.get("lease"), follow.base64.b64decode(entry["value"]).decode() + " leads"
 
     def renew(self):
-        """Renew the lease, and with it the time to lead; return whether the leader's key is ours."""
+        """Renew the lease, and with it the time to lead; return whether the leader's key is ours, and time is left."""
         begun = time.monotonic()
         if not self.lease or "TTL" not in self.etcd.ask("lease/keepalive", ID=self.lease)["result"]:
             self.lease = None
@@ -108,7 +108,7 @@ class Host:
 
     def campaign(self):
         """Take the leader's key if nobody has it, and lead."""
-        self.lease = self.etcd.ask("lease/grant", TTL=TTL)["ID"]  # if another was first, it is left to its end
+        self.lease = self.etcd.ask("lease/grant", TTL=TTL)["ID"]  # if another host was first, it runs out
         free = {"key": follow.encoded(self.key), "target": "CREATE", "create_revision": 0}
         put = {"key": follow.encoded(self.key), "value": follow.encoded(self.name), "lease": self.lease}
         self.etcd.ask("kv/txn", compare=[free], success=[{"request_put": put}])
