@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,13 +51,19 @@ def run(namespace, command, **options):
     return subprocess.run(["ip", "netns", "exec", namespace, *arguments], text=True, **both, **options).stdout
 
 
-def show(namespace, command, pattern, lines=1, title=""):
-    """Run a command and print it with the lines of its output that match, once there are so many; wait for 20 s."""
+def wait(namespace, command, pattern, lines=1):
+    """Run a command until so many lines of its output match; return these. Unexpected after 20 s."""
     deadline = time.monotonic() + 20
     while len(found := [line for line in run(namespace, command).splitlines() if re.search(pattern, line)]) < lines:
         if time.monotonic() > deadline:
             raise Unexpected(f"expected '{pattern}' of: {command}\n{run(namespace, command)}".rstrip())
         time.sleep(0.1)
+    return found
+
+
+def show(namespace, command, pattern, lines=1, title=""):
+    """Wait for a command's output, and print the command and the lines that match."""
+    found = wait(namespace, command, pattern, lines)
     print(f"{namespace.rpartition('-')[2]}$ {title or command}", *(f"    {line.strip()}" for line in found), sep="\n")
 
 
@@ -67,6 +74,7 @@ def start(namespace, command, log):
 
 
 def step(text):
+    """Print what comes next."""
     print(f"\n== {text}", flush=True)
 
 
@@ -106,8 +114,7 @@ def make_guest(folder, guest, log):
     run(HOST, f"ip link set {name} master br0 up")
     run(guest, "ip link set eth0 up")
     start(guest, f"udhcpc -f -i eth0 -x hostname:{name} -s {folder}/client", log)
-    while "fe80" not in run(guest, "ip -6 address show dev eth0 -tentative"):
-        time.sleep(0.1)  # dhclient needs a link-local address that is in use
+    wait(guest, "ip -6 address show dev eth0 -tentative", "fe80")  # dhclient needs an address that is in use
     (folder / f"{name}.conf").write_text(f'send fqdn.fqdn "{name}";\n')
     files = f"-cf {folder}/{name}.conf -lf {folder}/{name}.leases -pf {folder}/{name}.pid -sf {folder}/client"
     start(guest, f"dhclient -6 -d {files} eth0", log)
@@ -174,6 +181,8 @@ def main():
     if len(sys.argv) > 1 or os.geteuid() != 0:
         print("usage: demo.py     as root", file=sys.stderr)
         return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="demo"))
     path = f"{TOP}:/usr/sbin:/usr/bin:/sbin:/bin"  # as a service has it: with Debian's Python
     os.environ |= {"PATH": path, "INSTANCES_BASE_PATH": f"{folder}/instances"}
@@ -188,8 +197,8 @@ def main():
             demonstrate(folder, log)
         print("\ndemo.py: all came out as expected")
         return 0
-    except (Unexpected, OSError, subprocess.SubprocessError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
+    except (Unexpected, OSError, subprocess.SubprocessError, KeyboardInterrupt) as error:
+        print(f"demo.py: {str(error) or 'interrupted'}", file=sys.stderr)
         return 1
     finally:
         for process in processes:

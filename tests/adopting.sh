@@ -4,7 +4,7 @@
 # dnsmasq and a resolver of its own. Follows examples/adopting/README.md there, each command, to the guard and back, while all
 # guests ping each other and the host. As root; it changes nothing outside of the folder. DEBIAN_ROOTS: see root.sh.
 # Exit status: 0 as expected, 1 not so, 77 no Debian can be made or booted here (1 with CI=true).
-# shellcheck disable=SC2016 # commands for the machine
+# shellcheck disable=SC2016,SC2119 # commands for the machine, and boot without options
 set -eu
 
 # shellcheck source=tests/root.sh
@@ -15,8 +15,6 @@ if [ "${1-}" != inside ]; then
     [ $# -gt 0 ] || set -- trixie
     for_each "$@"
 fi
-
-group=/sys/fs/cgroup/${folder##*/}
 
 step "a root"
 make_root
@@ -111,21 +109,8 @@ done
 END
 
 # ---- The machine ----
-mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
-mkdir "$group"
-echo $$ >"$group/cgroup.procs"
-systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off --link-journal=no \
-    --console=pipe --machine="${folder##*/}" --directory="$root" --boot >"$folder/console" 2>&1 &
-nspawn=$!
-leader=''
-run() { nsenter --target "$leader" --all -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
-    LC_ALL=C DEBIAN_FRONTEND=noninteractive "$@"; }
-for _ in $(seq 300); do
-    sleep 0.2
-    leader=$(cat "/proc/$nspawn/task/$nspawn/children") || { tail -n 5 "$folder/console" >&2; cannot "systemd-nspawn does not boot here"; }
-    leader=${leader% }
-    case $(run systemctl is-system-running 2>/dev/null) in running | degraded) break ;; esac
-done
+enter_group
+boot
 
 # failed WHAT: with what was printed, and what the machine's services have said
 failed() {

@@ -33,25 +33,10 @@ add_bridge
 systemctl --quiet --root="$root" enable networking.service
 
 step "its boot"
-mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
-group=/sys/fs/cgroup/${folder##*/}
-mkdir "$group"
-echo $$ >"$group/cgroup.procs"
+enter_group
 # Incus makes containers of its own in it, so it may do all that root may; of /proc/sys and /sys, it writes to the network only
 export SYSTEMD_NSPAWN_API_VFS_WRITABLE=network
-systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off --link-journal=no \
-    --console=pipe --machine="${folder##*/}" --directory="$root" --capability=all \
-    --system-call-filter="@keyring bpf" --boot >"$folder/console" 2>&1 &
-nspawn=$!
-leader=''
-run() { nsenter --target "$leader" --all -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root \
-    LC_ALL=C "$@"; }
-for _ in $(seq 300); do
-    sleep 0.2
-    leader=$(cat "/proc/$nspawn/task/$nspawn/children") || { cat "$folder/console"; cannot "systemd-nspawn does not boot here"; }
-    leader=${leader% }
-    case $(run systemctl is-system-running 2>/dev/null) in running | degraded) break ;; esac
-done
+boot --capability=all --system-call-filter="@keyring bpf"
 
 step "this project, by README.md and the page"
 {

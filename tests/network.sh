@@ -16,8 +16,6 @@ if [ "${1-}" != inside ]; then
     for_each "$@"
 fi
 
-group=/sys/fs/cgroup/${folder##*/}
-
 installing=$(block README.md 'install -m 755' |
     grep -v -e bridge.nft -e br0.conf -e 'br0 host' -e 'restart dnsmasq')
 
@@ -41,9 +39,7 @@ systemctl --quiet --root="$root" disable systemd-networkd.service systemd-networ
 systemctl --quiet --root="$root" mask systemd-networkd-wait-online.service
 
 # ---- Three machines of it, on a switch ----
-mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
-mkdir "$group"
-echo $$ >"$group/cgroup.procs"
+enter_group
 unshare --net sleep 86400 &
 switch=$!
 until [ "$(readlink "/proc/$switch/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
@@ -65,7 +61,7 @@ each() { for host in a b c; do on "$host" "$@"; done; }
 lines() {
     on "$1" sh -euxc "cd /root/instances/examples/network; $2" >"$folder/log" 2>&1 || { tail -n 20 "$folder/log" >&2; fail "on $1"; }
 }
-boot() {
+boot_host() {
     mkdir "$folder/$1" "$folder/$1.upper" "$folder/$1.work"
     mount -t overlay overlay -o "lowerdir=$root,upperdir=$folder/$1.upper,workdir=$folder/$1.work" "$folder/$1" ||
         cannot "no overlay can be mounted"
@@ -110,7 +106,7 @@ until_true() {
 step "three machines"
 number=0
 for host in a b c; do
-    boot "$host" || { tail -n 5 "$folder/$host.console"; cannot "systemd-nspawn does not boot here"; }
+    boot_host "$host" || { tail -n 5 "$folder/$host.console"; cannot "systemd-nspawn does not boot here"; }
     number=$((number + 1))
     plug "$host" "$number"
 done

@@ -1,5 +1,5 @@
 # shellcheck shell=sh disable=SC2016,SC2034,SC2317 # apt's own variable, what the caller uses, and a trap
-# What boot.sh, debian.sh and kernel.sh begin with: a Debian root in a temporary folder. Each sources this file, and calls
+# What the other shell scripts here begin with: a Debian root in a temporary folder. Each sources this file, and calls
 # for_each with its releases. That runs the script again for each of them with the arguments "inside RELEASE FOLDER", in
 # namespaces of its own for mounts and processes. They go, and the folder, also when it fails or is interrupted.
 # DEBIAN_ROOTS: a folder to take RELEASE.tar from, a minimal root, and to put it into where it is not there.
@@ -104,4 +104,32 @@ add_project() {
 fit_kernel() {
     unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
         sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/nftables/bridge.nft"
+}
+
+# ---- A machine of it ----
+# enter_group: all that is started from here on is in a control group of the folder's name, $group
+enter_group() {
+    mount -t cgroup2 none /sys/fs/cgroup 2>/dev/null || cannot "no cgroup2 can be mounted"
+    group=/sys/fs/cgroup/${folder##*/}
+    mkdir "$group"
+    echo $$ >"$group/cgroup.procs"
+}
+# run COMMAND...: as root in the machine that was booted last, whose first process is $leader
+run() {
+    nsenter --target "$leader" --all -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+        HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive "$@"
+}
+# boot [OPTION...]: boots $root, with these options of systemd-nspawn; its process is $nspawn
+boot() {
+    systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off \
+        --link-journal=no --console=pipe --machine="${folder##*/}" --directory="$root" "$@" --boot >"$folder/console" 2>&1 &
+    nspawn=$!
+    for _ in $(seq 300); do
+        sleep 0.2
+        leader=$(cat "/proc/$nspawn/task/$nspawn/children") || break
+        leader=${leader% }
+        case $(run systemctl is-system-running 2>/dev/null) in running | degraded) return ;; esac
+    done
+    tail -n 5 "$folder/console" >&2
+    cannot "systemd-nspawn does not boot here"
 }

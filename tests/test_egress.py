@@ -165,6 +165,24 @@ def test_egress_example_takes_no_time_for_thousands_of_domains(lists):
     assert time.monotonic() - begin < 5, "a process a line took ten seconds for a thousand"
 
 
+def test_egress_example_has_nothing_to_list_where_nothing_is_allowed(lists):
+    result = lists("list")
+    assert result.returncode == 0 and result.stdout == ""
+
+
+def test_egress_example_has_a_list_on_disk_before_it_is_in_place(lists):
+    need("strace")
+    log = lists.folder / "strace"
+    traced = ("strace", "-f", "-qq", "-e", "trace=fsync,rename", "-o", log)
+    run(*lists.prefix, *traced, FOLDER / "instances-egress", "deny", "bad.example.org", env=lists.env)
+    assert re.findall(r"(fsync|rename)\(", log.read_text()) == ["fsync", "rename"] * 2
+
+
+def test_egress_example_runs_where_the_environment_has_no_path(lists):
+    result = run(*lists.prefix, "env", "-i", FOLDER / "instances-egress", "config", check=False)
+    assert result.returncode == 0 and result.stderr == ""
+
+
 # dnsmasq's configuration
 
 
@@ -601,7 +619,10 @@ def test_egress_example_starts_once_when_started_twice_at_once(container, guard)
             process.communicate(timeout=30)
 
 
-@pytest.mark.parametrize("arguments", ["container", "container 1", "container x 192.0.2.53", "container 1 2 3"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["container", "container 1", "container x 192.0.2.53", f"container {9**30} 192.0.2.53", "container 1 2 3"],
+)
 def test_egress_example_container_usage(lists, arguments):
     result = lists(*arguments.split())
     assert result.returncode == 2 and result.stderr.startswith("usage: ")

@@ -1,6 +1,7 @@
 """The demonstration."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,13 +21,35 @@ def folder():
         yield Path(name)
 
 
-def test_demo_comes_out_as_expected_and_leaves_nothing(folder):
+def start_demo(folder):
+    """Start it; what it prints is to be read from its standard output."""
     need(*PROGRAMS)
     env = os.environ | {"TMPDIR": str(folder)}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    demo = subprocess.Popen([EXAMPLES / "demo.py"], text=True, env=env, **pipes)
+    return subprocess.Popen([EXAMPLES / "demo.py"], text=True, env=env, **pipes)
+
+
+def left(demo, folder):
+    """Return what it has left."""
+    namespaces = [line for line in run("ip", "netns").stdout.splitlines() if f"demo{demo.pid}-" in line]
+    pids = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if str(folder) in process_file(pid, "cmdline")]
+    return namespaces + os.listdir(folder) + pids
+
+
+def test_demo_comes_out_as_expected_and_leaves_nothing(folder):
+    demo = start_demo(folder)
     output = demo.communicate()[0]
     assert demo.returncode == 0, output
-    assert f"demo{demo.pid}-" not in run("ip", "netns").stdout
-    assert not os.listdir(folder)
-    assert not [pid for pid in filter(str.isdigit, os.listdir("/proc")) if str(folder) in process_file(pid, "cmdline")]
+    assert left(demo, folder) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_demo_that_is_interrupted_says_so_and_leaves_nothing(folder, number):
+    demo = start_demo(folder)
+    while "Without the guard" not in demo.stdout.readline():
+        assert demo.poll() is None
+    assert left(demo, folder)
+    demo.send_signal(number)
+    output = demo.communicate()[0]
+    assert demo.returncode == 1 and output.endswith("demo.py: interrupted\n") and "Traceback" not in output
+    assert left(demo, folder) == []

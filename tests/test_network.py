@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -833,3 +834,80 @@ def test_change_where_no_host_leads_or_another_is_refused_with_its_name(leaders)
     wait_for(
         lambda: all(h.registry()[leaders.guests[0].mac]["name"] == "renamed" for h in leaders.hosts), "the name on all"
     )
+
+
+# ---- One program by itself ----
+REFUSER = """
+import http.server, json, ssl, sys
+
+class Refuser(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(503)
+        self.end_headers()
+        self.wfile.write(json.dumps({"code": 14, "message": "etcdserver: no leader"}).encode())
+
+tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+tls.load_cert_chain(sys.argv[1] + "/a.crt", sys.argv[1] + "/a.key")
+server = http.server.HTTPServer(("127.0.0.1", 2379), Refuser)
+server.socket = tls.wrap_socket(server.socket, server_side=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def lone(host):
+    """A host with the programs and certificates, and without an etcd."""
+    need(*PROGRAMS, "openssl")
+    run("sh", "-euc", certificates(host.folder / "tls"))
+    for end in ("crt", "key"):
+        shutil.copy(host.folder / "tls" / f"a.{end}", host.folder / "tls" / f"host.{end}")
+    (host.folder / "bin").mkdir()
+    for script in (UPDATE, FOLDER / "instances-follow.py", FOLDER / "instances-lead.py"):
+        shutil.copy(script, host.folder / "bin")
+    return host
+
+
+def start_lone(host, name, **variables):
+    """Start a program; return it, and a way to read what it says."""
+    log = host.folder / "said"
+    env = environment(host.base, INSTANCES_WRITER="b", INSTANCES_TLS=f"{host.folder}/tls", **variables)
+    with open(log, "w") as file:
+        program = host.start(sys.executable, host.folder / "bin" / name, env=env, stderr=file)
+    return program, log.read_text
+
+
+PAIR = pytest.mark.parametrize("name", ["instances-follow.py", "instances-lead.py"])
+
+
+@PAIR
+def test_error_of_an_etcd_of_3_6_is_told_in_one_line_and_all_goes_on(lone, name):
+    lone.start(sys.executable, "-c", REFUSER, lone.folder / "tls", stderr=subprocess.DEVNULL)
+    program, said = start_lone(lone, name)
+    wait_for(lambda: "no leader" in said() or program.poll() is not None, "the error")
+    assert program.poll() is None and said().splitlines()[-1].endswith("2379: etcdserver: no leader")
+
+
+@PAIR
+def test_address_of_etcd_that_is_none_is_told_in_one_line(lone, name):
+    program, said = start_lone(lone, name, INSTANCES_ETCD="127.0.0.1:etcd")
+    wait_for(lambda: "127.0.0.1:etcd" in said() or program.poll() is not None, "the error")
+    assert re.fullmatch(rf"{name}: .*127.0.0.1:etcd: nonnumeric port: 'etcd'\n", said())
+
+
+@PAIR
+def test_program_that_is_interrupted_says_so_in_one_line(lone, name):
+    program, said = start_lone(lone, name)
+    wait_for(lambda: "refused" in said(), "its start")
+    program.send_signal(signal.SIGINT)
+    assert program.wait(30) == 1 and "Traceback" not in said() and said().count("\n") == 2, said()
+
+
+@PAIR
+def test_program_without_the_registrys_script_says_so_and_runs_no_other(lone, name):
+    (lone.folder / "bin" / "instances-update.py").unlink()
+    (lone.folder / "elsewhere").mkdir()
+    (lone.folder / "elsewhere" / "instances-update.py").write_text("print('anybody has written this')\n")
+    env = environment(lone.base, PATH="/usr/sbin:/usr/bin:/sbin:/bin")
+    command = ("sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", lone.folder / "elsewhere")
+    result = lone.run(*command, sys.executable, lone.folder / "bin" / name, env=env, check=False)
+    assert result.stdout == "" and result.returncode == 1 and result.stderr.count("\n") == 1, result

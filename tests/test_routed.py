@@ -434,6 +434,8 @@ def fragments(source: str, target: str, payload: bytes, at: int, number: int, pr
 
 
 def test_later_fragments_get_through_whatever_their_data_looks_like(standing):
+    for other in standing.host.clients:  # of former tests: what they send is dropped, and counted
+        other.run("ip", "link", "set", "eth0", "down")
     guest, log = standing.guest(6, "vif6"), standing.host.folder / "received"
     standing.add(6, INDEV="vif6")
     guest.dhcp4()
@@ -710,3 +712,50 @@ def test_binding_of_what_another_has_is_refused(standing):
     same = standing.file(7, INDEV="tap8", MAC="10:66:6a:4c:a1:18", IP="10.85.0.18")
     assert standing.binding("add", same).returncode == 1
     standing.remove("tap7")
+
+
+def test_record_is_on_disk_before_it_is_in_place(standing, tmp_path):
+    need("strace")
+    log = tmp_path / "strace"
+    traced = ("strace", "-f", "-y", "-qq", "-e", "trace=fsync,rename", "-o", log)
+    standing.host.run(*standing.mounted, *traced, BINDING, "add", standing.file(7), env=standing.env)
+    calls = re.findall(r"(fsync|rename)\(", log.read_text())
+    assert calls == ["fsync", "rename"] * 3  # the record, the option and the lease
+    standing.remove("tap7")
+
+
+def test_record_that_is_damaged_is_told_of_and_keeps_no_other_from_being_restored(standing):
+    standing.add(6)
+    standing.add(7)
+    for text in ("", "\0" * 100, "device=tap6\nmac='10:66"):
+        (standing.state / "bindings" / "tap6").write_text(text)
+        result = standing.binding("restore")
+        assert result.returncode == 0 and re.fullmatch(r".*tap6 is damaged.*\n.*tap7: restored\n", result.stderr)
+    standing.add(6)
+    standing.remove("tap6", "tap7")
+
+
+def test_restore_of_a_device_in_a_bridge_is_refused(standing):
+    standing.host.run("ip", "link", "add", "vif4", "type", "veth", "peer", "name", "other")
+    standing.add(4, INDEV="vif4")
+    standing.host.run("ip", "link", "set", "vif4", "master", "br0")
+    result = standing.binding("restore", "vif4")
+    assert result.returncode == 1 and "vif4 is in a bridge" in result.stderr
+    standing.remove("vif4")
+    standing.host.run("ip", "link", "delete", "vif4")
+
+
+def test_device_is_meant_where_another_binding_has_a_file_of_that_name(standing):
+    file = standing.file(7)
+    file.rename(standing.host.folder / "tap8")
+    for path in (standing.host.folder / "tap8", standing.file(8)):
+        assert standing.binding("add", path).returncode == 0
+    inside = ("sh", "-c", 'cd "$1" && exec "$2" remove tap8', "sh", standing.host.folder, BINDING)
+    standing.host.run(*standing.mounted, *inside, env=standing.env)
+    assert standing.binding("list").stdout.split()[0] == "tap7"
+    standing.remove("tap7")
+
+
+def test_it_runs_where_the_environment_has_no_path(standing):
+    result = standing.host.run(*standing.mounted, "env", "-i", BINDING, "list", check=False)
+    assert result.returncode == 0 and result.stderr == ""

@@ -180,6 +180,13 @@ def test_vmbridge_takes_over_what_a_killed_start_has_left(vmbridge):
     assert vmbridge("stop").returncode == 0 and vmbridge.left() == []
 
 
+def test_vmbridge_without_nat_wants_no_forwarding_whatever_the_bridge_is_called(vmbridge):
+    vmbridge.host.run("ip", "link", "add", "masquerade", "type", "bridge")
+    vmbridge.host.run("ip", "address", "add", "10.9.9.1/24", "dev", "masquerade")
+    assert vmbridge("start", bridge="masquerade").returncode == 0
+    assert vmbridge("status", bridge="masquerade").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("bridge", "arguments", "status", "message"),
     [
@@ -191,13 +198,15 @@ def test_vmbridge_takes_over_what_a_killed_start_has_left(vmbridge):
         ("../x", ("start",), 1, "../x: not the name of a bridge"),
         ("empty", ("start",), 1, "empty: has no IPv4 address"),
         ("small", ("start",), 1, "small: 10.9.9.1/29 is too small"),
+        ("single", ("start",), 1, "single: has no IPv4 address with a network"),
         ("br0", ("reload",), 1, "br0: does not run"),
     ],
 )
 def test_vmbridge_refuses_in_one_line(vmbridge, bridge, arguments, status, message):
-    for name in ("empty", "small"):
+    for name in ("empty", "small", "single"):
         vmbridge.host.run("ip", "link", "add", name, "type", "bridge")
     vmbridge.host.run("ip", "address", "add", "10.9.9.1/29", "dev", "small")
+    vmbridge.host.run("ip", "address", "add", "10.9.8.1", "peer", "10.9.8.2", "dev", "single")
     refuses(vmbridge, status, message, *arguments, bridge=bridge)
 
 

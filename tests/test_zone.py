@@ -406,6 +406,16 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
     assert zone("zone", tmp_path, *SERVER, file="new").returncode == 1 and not (tmp_path / "new").exists()
 
 
+def test_file_that_is_not_ascii_is_told_by_its_name(tmp_path):
+    (tmp_path / "instances.hosts").write_text("")
+    (tmp_path / "made").write_text("; of the one in Köln\n")
+    result = zone("zone", tmp_path, *SERVER)
+    assert result.returncode == 1 and f"{tmp_path}/made: not as this program makes it" in result.stderr
+    (tmp_path / "instances.hosts").write_text("10.83.0.11 wüb.instance.internal\n")
+    result = zone("zone", tmp_path, *SERVER)
+    assert result.returncode == 1 and "instances.hosts: not a file of instances-process.py" in result.stderr
+
+
 def test_wrong_usage_is_told(tmp_path):
     for words in ([], ["zone"], ["zone", "hosts", "file", "instance.example"], ["bind", "h", "f", *SERVER]):
         result = run_script(ZONE, *words, base=tmp_path)

@@ -29,13 +29,11 @@ PATIENCE = 1  # seconds that each part of etcd's answer may take, and to wait af
 
 # The durable way to read and replace the registry stands in instances-update.py.
 sys.dont_write_bytecode = True
-sys.path.append(os.path.dirname(shutil.which("instances-update.py") or ""))
+script = shutil.which("instances-update.py") or sys.exit("no instances-update.py on the PATH")
+sys.path.append(os.path.dirname(script))
 files = importlib.import_module("instances-update")
-
-
-def say(message):
-    """Write one line on standard error."""
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+files.__file__ = sys.argv[0]  # what it says is said by this program
+say = files.say
 
 
 def encoded(text):
@@ -68,17 +66,16 @@ class Etcd:
 
     def ask(self, path, stream=False, **body):
         """Return the answer to a request; the connection that answers come by, if there is to be a stream of them."""
-        connection = http.client.HTTPSConnection(self.address, timeout=PATIENCE, context=self.tls)
         try:
+            connection = http.client.HTTPSConnection(self.address, timeout=PATIENCE, context=self.tls)
             connection.request("POST", f"/v3/{path}", json.dumps(body))
             response = connection.getresponse()
             if stream and response.status == 200:
                 return connection
             answer = json.loads(response.read())
             if response.status != 200:
-                raise OSError(answer["error"])
+                raise OSError(answer.get("message", answer))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            connection.close()
             raise OSError(f"etcd at {self.address}: {error or type(error).__name__}") from None
         connection.close()
         return answer
@@ -96,7 +93,8 @@ class Registry:
         self.path, self.followed = f"{self.base}.json", f"{self.base}.follows"
         self.folder = f"/{os.path.basename(self.base)}/"  # of the keys in etcd
         self.key = self.folder + "registry"
-        self.same = self.watch = None  # the revision in etcd and the state of the file when they were the same last
+        self.same = None  # the revision in etcd and the state of the file when they were the same last
+        self.watch = None  # the connection by which etcd tells of changes
 
     def state(self):
         """Return what changes with each change of the file, None where there is none."""
@@ -159,6 +157,12 @@ class Registry:
             self.same = answer["header"]["revision"], now
         return answer.get("succeeded", False)
 
+    def write(self):
+        """Give etcd what was changed, then wait a moment."""
+        self.accept()
+        self.send()
+        time.sleep(LOOK)
+
 
 def repeat(step):
     """Do a step for ever. A failure is reported once when it begins and once when it is over."""
@@ -184,14 +188,10 @@ def main(arguments):
     registry = Registry()
     if writer != (os.environ.get("INSTANCES_HOST") or os.uname().nodename):
         return repeat(lambda: registry.follow(f"{writer} writes it", CHECK))
-    if not registry.state():  # it was lost, and etcd may have it
+    if not registry.state():  # it is new or was lost: nobody is registered before etcd was asked
         registry.refuse("etcd is asked for it first")
-    return repeat(lambda: registry.accept() or registry.send() and time.sleep(LOOK))
+    return repeat(registry.write)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+    sys.exit(files.run(main))

@@ -81,24 +81,24 @@ class Host:
         self.name = os.environ.get("INSTANCES_HOST") or os.uname().nodename
         self.folder = os.environ.get("INSTANCES_RULES") or "/etc/instances"
         self.lease = self.dnsmasq = None
-        self.until = self.turn = 0  # when a leader has to stop, when to renew the lease: by the monotonic clock
+        self.until = self.renewal = 0  # when a leader has to stop, and to renew the lease: by the monotonic clock
 
     def holder(self, **options):
-        """Return the lease behind the leader's key, None if there is none, and why others change nothing."""
+        """Return the lease behind the leader's key, None if there is none, and the reason to refuse changes."""
         entry = self.etcd.get(self.key, **options)
         if not entry:
             return None, NOBODY
         return entry.get("lease"), follow.base64.b64decode(entry["value"]).decode() + " leads"
 
     def renew(self):
-        """Renew the lease, and with it the time to lead; return whether the leader's key is ours."""
+        """Renew the lease, and with it the time to lead; return whether the leader's key is ours, and time is left."""
         begun = time.monotonic()
         if not self.lease or "TTL" not in self.etcd.ask("lease/keepalive", ID=self.lease)["result"]:
             self.lease = None
             return False
         if self.holder()[0] != self.lease:
             return False
-        self.until, self.turn = begun + STOP, begun + RENEW
+        self.until, self.renewal = begun + STOP, begun + RENEW
         left = int((self.until - time.monotonic()) * 1000)
         try:
             run("nft", "-f", "-", input=GATE + OPEN.format(left) if left > 0 else GATE)
@@ -108,7 +108,7 @@ class Host:
 
     def campaign(self):
         """Take the leader's key if nobody has it, and lead."""
-        self.lease = self.etcd.ask("lease/grant", TTL=TTL)["ID"]  # if another was first, it is left to its end
+        self.lease = self.etcd.ask("lease/grant", TTL=TTL)["ID"]  # if another host was first, it runs out
         free = {"key": follow.encoded(self.key), "target": "CREATE", "create_revision": 0}
         put = {"key": follow.encoded(self.key), "value": follow.encoded(self.name), "lease": self.lease}
         self.etcd.ask("kv/txn", compare=[free], success=[{"request_put": put}])
@@ -154,17 +154,16 @@ class Host:
     def stay(self):
         """Go on to lead, or stop."""
         try:
-            if time.monotonic() >= self.turn and not self.renew():
+            ours = time.monotonic() < self.renewal or self.renew()
+            if not ours or not self.registry.send(self.key_is_ours()):
                 self.stop()
-            if self.dnsmasq and not self.registry.send(self.ours()):
-                self.stop()
-            if self.dnsmasq and self.dnsmasq.poll() is not None:
+            elif self.dnsmasq.poll() is not None:
                 give_up("dnsmasq ended")
         finally:
             if self.dnsmasq and time.monotonic() > self.until:
                 self.stop()
 
-    def ours(self):
+    def key_is_ours(self):
         """Return the condition of a transaction that the leader's key is ours."""
         return {"key": follow.encoded(self.key), "target": "LEASE", "lease": self.lease}
 
@@ -172,7 +171,7 @@ class Host:
         """Stop, send what is not yet sent, and have another lead at once."""
         self.stop()
         if self.lease:
-            self.registry.send(self.ours())
+            self.registry.send(self.key_is_ours())
             self.etcd.ask("lease/revoke", ID=self.lease)
 
 
@@ -192,8 +191,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (OSError, ValueError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+    sys.exit(files.run(main))

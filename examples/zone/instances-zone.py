@@ -66,7 +66,7 @@ def side(address):
 def read_hosts(path):
     """Return (name, side, address) of each line, each once. ValueError if it is no file of instances-process.py."""
     rows = {}
-    with open(path, encoding="ascii") as file:
+    with open(path, encoding="ascii", errors="replace") as file:
         for line in file:
             match = re.fullmatch(rf"(\S+) (?=[A-Za-z])({LABEL})\.\S.*\n", line)
             if not match:
@@ -77,12 +77,12 @@ def read_hosts(path):
 
 
 def records_of(rows, kind, domain, servers):
-    """Return (domain name, address, location) of what is published; a name server's name is never an instance's."""
+    """Return (domain name, address, location) of what is published; the location is tinydns's, "" for all clients."""
     records = []
     for name, where, address in rows:
-        if kind != "avahi":
+        if kind in ("zone", "tinydns"):
             records.append((f"{name}.{where}.{domain}", address, ""))
-        if kind != "zone":
+        if kind in ("tinydns", "avahi"):
             records.append((f"{name}.{domain}", address, {"lan": "in", "wan": "ex"}[where]))
     for name in sorted({name.lower() for name, _, _ in records} & servers.keys()):
         say(f"warning: {name} is the name server, no instance's address is published by it")
@@ -154,14 +154,14 @@ def take_lock(path):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.1)
-    raise TimeoutError(f"another one is at work for 30 s: see fuser -v {path}")
+    raise TimeoutError(f"another one has been at work for 30 s: see fuser -v {path}")
 
 
 def read_made(path, kind, head, has_serial):
     """Return a file's text, "" if there is none, and its serial. ValueError if it was not made so for the kind."""
     if not os.path.exists(path):
         return "", None
-    with open(path, encoding="ascii") as file:
+    with open(path, encoding="ascii", errors="replace") as file:
         text = file.read()
     serial = serial_of(text)
     if text and (not text.startswith(head) or has_serial and serial is None):
