@@ -280,5 +280,11 @@ def test_reload_leaves_the_guard_and_the_lines(guests, firewall):
     guests.reach(ALL)
 
 
+def test_service_has_nothing_to_say_beside_it(guests, firewall):
+    guests.settle()
+    firewall.start()
+    assert guests.host.run(*guests.host.applying()).stderr == ""
+
+
 def test_lines_for_a_boot_are_those_for_docker():
     assert re.findall("^ExecStartPost=(.*\n)", SECTION, re.MULTILINE) == LINES["iptables"].splitlines(keepends=True)
