@@ -116,7 +116,7 @@ def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
 
 def block(page: str, words: str) -> str:
     """Return the fenced block of a page (examples/cron/README.md) that has these words."""
-    return run(TOP / "tests" / "block.sh", page, words).stdout
+    return run(TOP / "tests" / "block.sh", page, words.replace("\n", "\\n")).stdout
 
 
 def process_file(pid: str | int, name: str) -> str:

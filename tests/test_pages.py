@@ -24,7 +24,6 @@ NOT_RUN = {
     },
     "examples/libvirt/README.md": {"<interface": "a part of a definition; libvirt.py has domains with such a one"},
     "examples/network/README.md": {"rsync": "needs ssh between two hosts"},
-    "examples/nftables/README.md": {"DOCKER-USER": "needs Docker's chains"},
     "examples/systemd/README.md": {"ExecStartPost": "a drop-in; boot.sh has such a one"},
 }
 
