@@ -340,22 +340,6 @@ def interface_fields(interface):
     return link["address"], fields
 
 
-def version(path):
-    """Return what is another after each replacement or edit of a file, None where there is no file."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def decide(path, change, *arguments):
-    """Return the version of a registry's file, the registry after a change, and what the change returned."""
-    read = version(path)
-    registry = read_registry(path)
-    return (read, registry, *change(registry, *arguments))
-
-
 def update(change, mac, *arguments):
     """Change the registry by change(registry, mac, *arguments); return the exit status."""
     if not is_mac(mac):
@@ -363,14 +347,14 @@ def update(change, mac, *arguments):
     base = base_path()
     path, follows = base + ".json", base + ".follows"
     gc.disable()  # there is no garbage to look for
-    read, registry, message, warnings = decide(path, change, mac, *arguments)
+    message, warnings = change(read_registry(path), mac, *arguments)
     if message:  # there is something to change
         with locked(base):
             if os.path.exists(follows):  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            if version(path) != read:  # somebody else was first
-                _, registry, message, warnings = decide(path, change, mac, *arguments)
+            registry = read_registry(path)  # again: somebody may have changed it before this had the lock
+            message, warnings = change(registry, mac, *arguments)
             if message:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))
