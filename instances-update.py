@@ -263,10 +263,10 @@ def allow(registry, mac, *texts):
         return "", [f"{mac}: no such instance"]
     networks = {parse_allowed(text) for text in texts}
     for other, instance in registry.items():
-        for field in instance.keys() & LEASED if other != mac else ():
+        for address in [instance[field] for field in LEASED if instance.get(field) and other != mac]:
             for network in networks:
-                if ip_address(instance[field]) in network:
-                    raise ValueError(f"{network}: {other} {instance.get('name', '')} has {instance[field]}")
+                if ip_address(address) in network:
+                    raise ValueError(f"{network}: {other} {instance.get('name', '')} has {address}")
     instance = registry[mac]
     ordered = sorted(networks, key=lambda network: (network.version, network))
     new = [str(n.network_address if n.num_addresses == 1 else n) for n in ordered]
