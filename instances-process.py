@@ -212,7 +212,6 @@ RANGES = (  # first, end, field; written out, since those of the module ipaddres
     (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
     (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
     (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
-    (b"", b"\xff" * 17, ""),  # any other
 )
 
 
@@ -237,9 +236,8 @@ def parse_address(text):
         packed = inet_pton(AF_INET6, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    for first, end, field in RANGES:
-        if first <= packed < end:
-            return field, inet_ntop(AF_INET6, packed)
+    field = next((field for first, end, field in RANGES if first <= packed < end), "")
+    return field, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
@@ -252,7 +250,7 @@ def parse_allowed(text):
     network = ipaddress.ip_network(text)
     # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
     for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
-        if network.version == (6 if ":" in never else 4) and network.overlaps(ipaddress.ip_network(never)):
+        if network.overlaps(ipaddress.ip_network(never)):
             raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
     return network
 
