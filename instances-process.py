@@ -241,8 +241,7 @@ def parse_address(text):
 
 
 def parse_allowed(text):
-    """Return what an instance may be allowed to send from as a network of the module ipaddress, an address as one of
-    itself. ValueError if it is neither, has host bits, or holds what no instance may send from."""
+    """Return an address or network to be allowed as a network of the module ipaddress. ValueError if it must not be."""
     import ipaddress
 
     if "%" in text:
