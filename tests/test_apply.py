@@ -523,6 +523,21 @@ def test_names_that_were_deleted_come_back(applied):
         assert Path(f"{applied.host.base}.{ending}").exists()
 
 
+def test_update_while_the_names_are_given_comes_into_force_in_the_next_run(applied):
+    need("strace")
+    applied.apply()
+    applied.host.update("add", *WEB)
+    applied.host.process()
+    delayed = ["strace", "-qq", "-o", applied.host.folder / "strace", "-e", "inject=rename:delay_enter=3000000:when=1"]
+    running = applied.host.start(*delayed, *applied.host.applying())
+    wait_for((applied.hosts.parent / ".instances.hosts").exists, "the names, which are not in place yet")
+    applied.host.update("add", WEB[0], "10.83.0.12")
+    applied.host.process()
+    assert running.wait(60) == 0
+    applied.apply()
+    assert "10.83.0.12 web.instance.internal" in applied.hosts.read_text()
+
+
 def test_several_at_once_do_it_once(applied):
     applied.write("plain.nft", replacing("inet plain", "chain a { counter accept; }"))
     runs = [applied.host.start(*applied.host.applying(), stderr=subprocess.PIPE, text=True) for _ in range(4)]
