@@ -378,6 +378,17 @@ def test_who_was_dropped_is_one_line_of_ten(applied):
     assert line.endswith(", and of 89 others")
 
 
+def test_registry_edited_to_no_object_of_objects_keeps_no_rules_out(applied):
+    applied.apply()
+    applied.host.run(
+        "nft", "add element bridge instances instances_dropped { 10:66:6a:00:00:01 counter packets 9 bytes 1 }"
+    )
+    (applied.host.folder / "instances.json").write_text("[]")
+    applied.host.run("nft", "add rule bridge instances guard accept")
+    result = applied.apply()
+    assert "dropped 9 of 10:66:6a:00:00:01\n" in result.stderr and "bridge.nft: loaded\n" in result.stderr
+
+
 def test_set_of_another_type_than_the_one_there_replaces_its_table(applied):
     included = applied.rules / "registry"
     applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", INSTANCES_BASE_PATH=str(included))
