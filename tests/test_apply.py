@@ -460,6 +460,17 @@ def test_all_is_in_force_after_a_boot(applied):
     assert applied.ruleset() == first and applied.hosts.exists()
 
 
+def test_files_and_names_are_made_once_where_rules_cannot_be_listed(applied):
+    nft = applied.host.folder / "nft"
+    nft.write_text("#!/bin/sh\nexit 1\n")
+    nft.chmod(0o755)
+    path = f"{applied.host.folder}:" + re.search("PATH='(.*)'", applied.settings.read_text())[1]
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", PATH=path)
+    failed = "instances-apply: nft can't list the rules\n"
+    assert re.fullmatch(f".*1 instances, .*\n{failed}", applied.apply(check=False).stderr)
+    assert applied.apply(check=False).stderr == failed
+
+
 def test_addresses_that_dnsmasq_resolved_stay_at_an_update(applied):
     applied.host.example("egress/egress.nft").rename(applied.rules / "egress.nft")
     applied.apply()
