@@ -316,6 +316,15 @@ def test_leases_of_what_is_gone_are_found_and_no_others(tmp_path, monkeypatch):
     assert server.endswith("a1:fe") and {lease[0] for lease in found} == {OLD}
 
 
+def test_lease_file_that_is_cut_anywhere_is_read_without_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
+    shutil.copy(EXAMPLES / "dnsmasq" / "instances-release", tmp_path / "release.py")
+    module = load(tmp_path / "release.py")
+    for end in range(len(LEASES)):
+        found, _ = module.leases_of({OLD}, {OLD: {"ipv6_ula": "fd83:5eed::12"}}, LEASES[:end] + "\n\n")
+        assert {lease[0] for lease in found} <= {OLD}
+
+
 def test_lease_file_that_is_written_anew_is_not_one_without_leases(host):
     """dnsmasq empties the file first; the reading after the first one comes when all is there again."""
     need("strace", "dhcp_release")
