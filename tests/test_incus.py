@@ -123,6 +123,7 @@ def test_incus_example_enters_names_before_the_first_lease(incus):
         (answer({"a": 1}), ""),
         (answer([1]), ""),
         (answer([{"name": "web", "project": "default"}]), ""),
+        (answer([instance(5, WEB)]), json.dumps(GONE)),
         (answer([{"name": "web", "project": "default", "expanded_devices": {"eth0": {"type": 1}}, "config": 1}]), ""),
         (answer([instance("x", OTHER)])[:-40], ""),
         (json.dumps({"error_code": 500, "error": "database is locked", "metadata": None}), ""),
