@@ -95,6 +95,7 @@ chain instances_drop_ip {
 }
 # Use: ether type ip6 jump instances_drop_ip6
 chain instances_drop_ip6 {
+    # Of what is not ICMPv6, which may speak of further addresses, the source is all that there is to look at.
     meta l4proto != 58 @nh,64,128 . ether saddr @instances_ip6 return
     # Duplicate address detection, router solicitation and listener reports of a sender without an address
     ip6 saddr :: icmpv6 type nd-neighbor-solicit goto instances_drop_ndp
@@ -173,7 +174,7 @@ chain instances_drop_rogue {
     udp dport { 68, 546 } counter goto instances_drop
     # A first fragment has all headers up to the upper layer's (RFC 7112, section 5), and that right behind its own.
     exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } counter goto instances_drop
-    # nftables has no protocol for what it can't parse, but a client that reads raw frames may.
+    # What nftables can't parse has no protocol and does not match; a client that reads raw frames may parse it.
     meta l4proto != 255 return
     ether type { ip, ip6 } counter goto instances_drop
 }
@@ -339,7 +340,7 @@ def is_domain(text):
     """Tell whether this is a domain, its labels as in RFC 1123, section 2.1; its first dot may be left out."""
     longest = 253 - 63 - len(".v4")  # RFC 1035, section 2.3.4: 255 octets, less a name before it
     labels = text.removeprefix(".").split(".")
-    valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)
+    valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)  # or with a digit first
     return valid and text.isascii() and len(text) <= longest
 
 
@@ -352,10 +353,10 @@ def listed(variable, default, is_valid):
     return [item for item in items if is_valid(item)]
 
 
-def read_allowed(listed):
+def read_allowed(allowed):
     """Return the packed addresses and the networks of a list of what is allowed, and why others are left out."""
     addresses, networks, left = [], [], []
-    for item in listed if isinstance(listed, list) else [listed]:
+    for item in allowed if isinstance(allowed, list) else [allowed]:
         try:
             network = parse_allowed(str(item))
         except ValueError as error:
