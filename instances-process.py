@@ -95,6 +95,7 @@ chain instances_drop_ip {
 }
 # Use: ether type ip6 jump instances_drop_ip6
 chain instances_drop_ip6 {
+    # Of what is not ICMPv6, which may speak of further addresses, the source is all that there is to look at.
     meta l4proto != 58 @nh,64,128 . ether saddr @instances_ip6 return
     # Duplicate address detection, router solicitation and listener reports of a sender without an address
     ip6 saddr :: icmpv6 type nd-neighbor-solicit goto instances_drop_ndp
@@ -173,7 +174,7 @@ chain instances_drop_rogue {
     udp dport { 68, 546 } counter goto instances_drop
     # A first fragment has all headers up to the upper layer's (RFC 7112, section 5), and that right behind its own.
     exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } counter goto instances_drop
-    # nftables has no protocol for what it can't parse, but a client that reads raw frames may.
+    # What nftables can't parse has no protocol and does not match; a client that reads raw frames may parse it.
     meta l4proto != 255 return
     ether type { ip, ip6 } counter goto instances_drop
 }
@@ -212,7 +213,6 @@ RANGES = (  # first, end, field; written out, since those of the module ipaddres
     (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
     (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
     (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
-    (b"", b"\xff" * 17, ""),  # any other
 )
 
 
@@ -237,14 +237,12 @@ def parse_address(text):
         packed = inet_pton(AF_INET6, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    for first, end, field in RANGES:
-        if first <= packed < end:
-            return field, inet_ntop(AF_INET6, packed)
+    field = next((field for first, end, field in RANGES if first <= packed < end), "")
+    return field, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
-    """Return what an instance may be allowed to send from as a network of the module ipaddress, an address as one of
-    itself. ValueError if it is neither, has host bits, or holds what no instance may send from."""
+    """Return an address or network to be allowed as a network of the module ipaddress. ValueError if it must not be."""
     import ipaddress
 
     if "%" in text:
@@ -252,7 +250,7 @@ def parse_allowed(text):
     network = ipaddress.ip_network(text)
     # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
     for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
-        if network.version == (6 if ":" in never else 4) and network.overlaps(ipaddress.ip_network(never)):
+        if network.overlaps(ipaddress.ip_network(never)):
             raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
     return network
 
@@ -342,7 +340,7 @@ def is_domain(text):
     """Tell whether this is a domain, its labels as in RFC 1123, section 2.1; its first dot may be left out."""
     longest = 253 - 63 - len(".v4")  # RFC 1035, section 2.3.4: 255 octets, less a name before it
     labels = text.removeprefix(".").split(".")
-    valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)
+    valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)  # or with a digit first
     return valid and text.isascii() and len(text) <= longest
 
 
@@ -355,10 +353,10 @@ def listed(variable, default, is_valid):
     return [item for item in items if is_valid(item)]
 
 
-def read_allowed(listed):
+def read_allowed(allowed):
     """Return the packed addresses and the networks of a list of what is allowed, and why others are left out."""
     addresses, networks, left = [], [], []
-    for item in listed if isinstance(listed, list) else [listed]:
+    for item in allowed if isinstance(allowed, list) else [allowed]:
         try:
             network = parse_allowed(str(item))
         except ValueError as error:

@@ -51,7 +51,6 @@ RANGES = (  # first, end, field; written out, since those of the module ipaddres
     (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
     (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
     (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
-    (b"", b"\xff" * 17, ""),  # any other
 )
 
 
@@ -76,14 +75,12 @@ def parse_address(text):
         packed = inet_pton(AF_INET6, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    for first, end, field in RANGES:
-        if first <= packed < end:
-            return field, inet_ntop(AF_INET6, packed)
+    field = next((field for first, end, field in RANGES if first <= packed < end), "")
+    return field, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
-    """Return what an instance may be allowed to send from as a network of the module ipaddress, an address as one of
-    itself. ValueError if it is neither, has host bits, or holds what no instance may send from."""
+    """Return an address or network to be allowed as a network of the module ipaddress. ValueError if it must not be."""
     import ipaddress
 
     if "%" in text:
@@ -91,7 +88,7 @@ def parse_allowed(text):
     network = ipaddress.ip_network(text)
     # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
     for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
-        if network.version == (6 if ":" in never else 4) and network.overlaps(ipaddress.ip_network(never)):
+        if network.overlaps(ipaddress.ip_network(never)):
             raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
     return network
 
@@ -180,15 +177,13 @@ def run(main):
 def link_local(mac):
     """Return the link-local address made from a MAC address: modified EUI-64, RFC 4291, appendix A."""
     octets = bytes.fromhex(mac.replace(":", ""))
-    identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
-    return inet_ntop(AF_INET6, b"\xfe\x80" + bytes(6) + identifier)
+    return inet_ntop(AF_INET6, b"\xfe\x80" + bytes(6) + bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:])
 
 
 def others(registry, mac, field, value):
-    """Return the MAC addresses of the other instances that have an address, or a name in any case (RFC 4343)."""
-    if field == "name":
-        return [m for m, i in registry.items() if m != mac and str(i.get("name") or "").lower() == value.lower()]
-    return [m for m, i in registry.items() if m != mac and i.get(field) == value]
+    """Return the MAC addresses of the other instances that have a name or address, in any case (RFC 4343)."""
+    value = value.lower()
+    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value]
 
 
 def assign(registry, mac, field, value, holders):
@@ -239,9 +234,7 @@ def initialize(registry, mac, fields):
     """Replace the name and addresses of the instance of a host's interface; return as register does."""
     old = registry.get(mac, {})
     registry[mac] = {k: v for k, v in old.items() if k not in LEASED} | fields
-    taken = [
-        assign(registry, mac, field, value, others(registry, mac, field, value)) for field, value in fields.items()
-    ]
+    taken = [assign(registry, mac, *item, others(registry, mac, *item)) for item in fields.items()]  # from others
     return f"{mac} {fields['name']}: initialized" if any(taken) or registry[mac] != old else "", []
 
 
@@ -263,19 +256,17 @@ def allow(registry, mac, *texts):
         return "", [f"{mac}: no such instance"]
     networks = {parse_allowed(text) for text in texts}
     for other, instance in registry.items():
-        for field in instance.keys() & LEASED if other != mac else ():
+        for address in [instance[field] for field in LEASED if instance.get(field) and other != mac]:
             for network in networks:
-                if ip_address(instance[field]) in network:
-                    raise ValueError(f"{network}: {other} {instance.get('name', '')} has {instance[field]}")
-    instance = registry[mac]
+                if ip_address(address) in network:
+                    raise ValueError(f"{network}: {other} {instance.get('name', '')} has {address}")
     ordered = sorted(networks, key=lambda network: (network.version, network))
     new = [str(n.network_address if n.num_addresses == 1 else n) for n in ordered]
-    if instance.get("allowed", []) == new:
-        return "", []
-    instance["allowed"] = new
-    if not new:
-        del instance["allowed"]
-    return f"{mac} {instance.get('name', '')}: allowed {', '.join(new) or 'nothing more'}", []
+    old = registry[mac].pop("allowed", [])
+    if new:
+        registry[mac]["allowed"] = new
+    message = f"{mac} {registry[mac].get('name', '')}: allowed {', '.join(new) or 'nothing more'}"
+    return message if new != old else "", []
 
 
 def remove(registry, mac):
@@ -305,7 +296,7 @@ def is_registered(text, mac, field, address, hostname):
     indented evenly only an instance begins with two spaces and has its fields behind four.
     """
     start = text.rfind(f'\n  "{mac}": {{\n'.encode())  # the last: of two with one key, JSON has that one
-    instance = text[start : text.find(b"\n  }", start) + 1]
+    instance = text[start : text.find(b"\n  }", start) + 1]  # empty if there is none
     line = f'\n    "{field}": "{address}"'.encode()
     return (
         (line + b",\n" in instance or line + b"\n" in instance)
@@ -329,31 +320,14 @@ def interface_fields(interface):
         raise ValueError(f"{interface}: has no Ethernet address")
     fields = {}
     for entry in link["addr_info"]:
-        if not (entry.get("temporary") or entry.get("deprecated")):
-            field, address = parse_address(entry["local"])
+        field, address = parse_address(entry["local"])
+        if field and not (entry.get("temporary") or entry.get("deprecated")):
             fields.setdefault(field, address)  # the first: a primary one
             if field in ("ipv6_gua", "ipv6_ula") and entry["prefixlen"] <= 64:
                 prefix = f"{interface} has {address}/{entry['prefixlen']}"
                 say(f"warning: {prefix}: what guests make of a prefix of 64 or fewer bits by SLAAC is not registered")
-    fields.pop("", None)
     fields.setdefault("ipv6_lla", link_local(link["address"]))  # a bridge without a port has none yet
     return link["address"], fields
-
-
-def version(path):
-    """Return what is another after each replacement or edit of a file, None where there is no file."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def decide(path, change, *arguments):
-    """Return the version of a registry's file, the registry after a change, and what the change returned."""
-    read = version(path)
-    registry = read_registry(path)
-    return (read, registry, *change(registry, *arguments))
 
 
 def update(change, mac, *arguments):
@@ -363,14 +337,14 @@ def update(change, mac, *arguments):
     base = base_path()
     path, follows = base + ".json", base + ".follows"
     gc.disable()  # there is no garbage to look for
-    read, registry, message, warnings = decide(path, change, mac, *arguments)
+    message, warnings = change(read_registry(path), mac, *arguments)
     if message:  # there is something to change
         with locked(base):
             if os.path.exists(follows):  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            if version(path) != read:  # somebody else was first
-                _, registry, message, warnings = decide(path, change, mac, *arguments)
+            registry = read_registry(path)  # again: somebody may have changed it before this had the lock
+            message, warnings = change(registry, mac, *arguments)
             if message:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))
@@ -395,7 +369,7 @@ def lease(action, mac, ip, hostname="", *_):
     path = base_path() + ".json"
     if os.path.exists(path):
         with open(path, "rb") as file:  # always whole, so without the lock
-            if field in LEASED and is_registered(file.read(), mac, field, address, hostname if not by_hand else ""):
+            if is_registered(file.read(), mac, field, address, "" if by_hand else hostname):
                 return 0
     # Data are missing where no message of the client's is behind it: at a renewal, a SIGHUP, a restart
     kind = "reminder" if action == "old" and os.environ.get("DNSMASQ_DATA_MISSING") else action

@@ -224,6 +224,9 @@ def test_rule_file_that_is_edited_added_or_taken_away(applied):
         ("add chain inet mine more", OWN + "add chain inet mine"),
         ("table inet a\ndelete table inet a\nadd rule inet mine kept drop", OWN + "add rule inet mine"),
         ("flush ruleset", OWN + "flush ruleset"),
+        ("rename chain inet mine kept more", OWN + "rename chain inet mine"),
+        ("chain inet mine more { }", OWN + "chain inet mine"),
+        ("rule inet mine kept counter", OWN + "rule inet mine"),
         ("table inet $a { }", OWN + "table inet"),
         ('include "./b.nft"', "it includes ./b.nft: write its whole path"),
     ],
@@ -378,6 +381,17 @@ def test_who_was_dropped_is_one_line_of_ten(applied):
     assert line.endswith(", and of 89 others")
 
 
+def test_registry_edited_to_no_object_of_objects_keeps_no_rules_out(applied):
+    applied.apply()
+    applied.host.run(
+        "nft", "add element bridge instances instances_dropped { 10:66:6a:00:00:01 counter packets 9 bytes 1 }"
+    )
+    (applied.host.folder / "instances.json").write_text("[]")
+    applied.host.run("nft", "add rule bridge instances guard accept")
+    result = applied.apply()
+    assert "dropped 9 of 10:66:6a:00:00:01\n" in result.stderr and "bridge.nft: loaded\n" in result.stderr
+
+
 def test_set_of_another_type_than_the_one_there_replaces_its_table(applied):
     included = applied.rules / "registry"
     applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", INSTANCES_BASE_PATH=str(included))
@@ -444,6 +458,17 @@ def test_all_is_in_force_after_a_boot(applied):
     applied.hosts.unlink()
     applied.apply()
     assert applied.ruleset() == first and applied.hosts.exists()
+
+
+def test_files_and_names_are_made_once_where_rules_cannot_be_listed(applied):
+    nft = applied.host.folder / "nft"
+    nft.write_text("#!/bin/sh\nexit 1\n")
+    nft.chmod(0o755)
+    path = f"{applied.host.folder}:" + re.search("PATH='(.*)'", applied.settings.read_text())[1]
+    applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", PATH=path)
+    failed = "instances-apply: nft can't list the rules\n"
+    assert re.fullmatch(f".*1 instances, .*\n{failed}", applied.apply(check=False).stderr)
+    assert applied.apply(check=False).stderr == failed
 
 
 def test_addresses_that_dnsmasq_resolved_stay_at_an_update(applied):
@@ -521,6 +546,21 @@ def test_names_that_were_deleted_come_back(applied):
         Path(f"{applied.host.base}.{ending}").unlink()
         applied.apply()
         assert Path(f"{applied.host.base}.{ending}").exists()
+
+
+def test_update_while_the_names_are_given_comes_into_force_in_the_next_run(applied):
+    need("strace")
+    applied.apply()
+    applied.host.update("add", *WEB)
+    applied.host.process()
+    delayed = ["strace", "-qq", "-o", applied.host.folder / "strace", "-e", "inject=rename:delay_enter=3000000:when=1"]
+    running = applied.host.start(*delayed, *applied.host.applying())
+    wait_for((applied.hosts.parent / ".instances.hosts").exists, "the names, which are not in place yet")
+    applied.host.update("add", WEB[0], "10.83.0.12")
+    applied.host.process()
+    assert running.wait(60) == 0
+    applied.apply()
+    assert "10.83.0.12 web.instance.internal" in applied.hosts.read_text()
 
 
 def test_several_at_once_do_it_once(applied):

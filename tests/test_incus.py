@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
-from conftest import load, lock_held
+from conftest import load, lock_held, need
 from lab import EXAMPLES, HOST_MAC, TOP, environment, run, wait_for
 
 pytestmark = pytest.mark.slow
@@ -122,6 +123,7 @@ def test_incus_example_enters_names_before_the_first_lease(incus):
         (answer({"a": 1}), ""),
         (answer([1]), ""),
         (answer([{"name": "web", "project": "default"}]), ""),
+        (answer([instance(5, WEB)]), json.dumps(GONE)),
         (answer([{"name": "web", "project": "default", "expanded_devices": {"eth0": {"type": 1}}, "config": 1}]), ""),
         (answer([instance("x", OTHER)])[:-40], ""),
         (json.dumps({"error_code": 500, "error": "database is locked", "metadata": None}), ""),
@@ -313,6 +315,29 @@ def test_leases_of_what_is_gone_are_found_and_no_others(tmp_path, monkeypatch):
     found, server = load(tmp_path / "release.py").leases_of({OLD}, registry, LEASES)
     assert [lease[2] for lease in found] == ["10.83.0.12", "2001:67c:83::12", "fd83:5eed::12", "fd83:5eed::99"]
     assert server.endswith("a1:fe") and {lease[0] for lease in found} == {OLD}
+
+
+def test_lease_file_that_is_cut_anywhere_is_read_without_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
+    shutil.copy(EXAMPLES / "dnsmasq" / "instances-release", tmp_path / "release.py")
+    module = load(tmp_path / "release.py")
+    for end in range(len(LEASES)):
+        found, _ = module.leases_of({OLD}, {OLD: {"ipv6_ula": "fd83:5eed::12"}}, LEASES[:end] + "\n\n")
+        assert {lease[0] for lease in found} <= {OLD}
+
+
+def test_lease_file_that_is_written_anew_is_not_one_without_leases(host):
+    """dnsmasq empties the file first; the reading after the first one comes when all is there again."""
+    need("strace", "dhcp_release")
+    host.update("--initialize", "br0", "host")
+    leases, log = host.folder / "dnsmasq.br0.leases", host.folder / "strace"
+    leases.write_text("")
+    traced = ["strace", "-qq", "-y", "-o", log, "-e", "inject=clock_nanosleep:delay_exit=2000000:when=1"]
+    command = [*traced, sys.executable, EXAMPLES / "dnsmasq" / "instances-release", OLD]
+    running = host.start(*command, env=environment(host.base), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: log.exists() and f"read(3<{leases}>" in log.read_text(), "the first reading")
+    leases.write_text(f"1795629618 {OLD} 10.83.0.12 ubuntu *\n")
+    assert running.communicate(timeout=30)[0].split() == [] and running.returncode == 1
 
 
 def test_leases_are_ended_by_a_real_dnsmasq(host):

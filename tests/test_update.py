@@ -792,6 +792,12 @@ def test_what_must_not_be_allowed_is_an_error_that_names_it(base, text):
     assert result.stderr.count("\n") == 1 and text in result.stderr
 
 
+def test_field_that_was_emptied_by_hand_keeps_nothing_from_being_allowed(base):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "db", "ipv4": "", "ipv6_ula": None}})
+    assert run(base, "--allow", MAC, "10.9.0.0/24").returncode == 0
+    assert read(base)[MAC]["allowed"] == ["10.9.0.0/24"]
+
+
 def test_allow_of_an_unknown_mac_says_so_and_changes_nothing(base):
     result = run(base, "--allow", MAC, "10.83.0.50")
     assert (result.returncode, result.stdout, files(base)) == (0, "", {}) and "no such instance" in result.stderr
