@@ -1,0 +1,290 @@
+"""Docker, ufw and firewalld beside the guard: what they cut guests off from, and that the page's lines mend it.
+
+Each is the real program as Debian has it, in the namespace of a guarded host, with folders of its own as /etc, /run and
+/var/log.
+"""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from attacks import HOST4, HOST6, NEEDS_BR_NETFILTER, Guarded, datagram, dhcp6, hearing, scapy, solicitation
+from conftest import PROGRAMS, need
+from lab import EXAMPLES, Host, environment, make_etc, mounted, wait_for
+
+pytestmark = [pytest.mark.slow, NEEDS_BR_NETFILTER]
+SECTION = (EXAMPLES / "nftables/README.md").read_text().split("\n## Beside other software\n")[1].split("\n## ")[0]
+LINES = {block.split()[0]: block for block in re.findall("^```sh\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)}
+INSIDE, OUTSIDE = {4: "10.83.0.20", 6: "2001:67c:83::20"}, {4: "10.84.0.20", 6: "2001:67c:84::20"}
+SERVER = """\
+import socket
+server = socket.create_server(("::", 80), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    server.accept()[0].close()
+"""
+CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], 80), 2)"
+
+
+class Guests(Guarded):
+    """A guarded host that routes, with a victim, a server on the bridge, and one beyond the host's eth0."""
+
+    def __init__(self, host: Host):
+        super().__init__(host)
+        self.inside = host.client("inside", "10:66:6a:4c:a1:20", wait=False)
+        self.outside = host.client("outside", "10:66:6a:4c:b0:01", port="eth0", bridge="", wait=False)
+        host.run("ip", "address", "add", "10.84.0.1/24", "dev", "eth0")
+        host.run("ip", "address", "add", "2001:67c:84::1/80", "dev", "eth0", "nodad")
+        for server, own in ((self.inside, INSIDE), (self.outside, OUTSIDE)):
+            server.run("ip", "address", "add", f"{own[4]}/24", "dev", "eth0")
+            server.run("ip", "address", "add", f"{own[6]}/80", "dev", "eth0", "nodad")
+            server.start(sys.executable, "-c", SERVER)
+        for client, router in ((self.victim, "10.83.0.1"), (self.outside, "10.84.0.1")):
+            client.run("ip", "route", "add", "default", "via", router)
+        self.outside.run("ip", "route", "add", "default", "via", "2001:67c:84::1")
+        host.update("add", self.inside.mac, INSIDE[4], "inside")
+        host.update("add", self.inside.mac, INSIDE[6], DNSMASQ_MAC=self.inside.mac)
+        self.settle()
+
+    def asks(self) -> bool:
+        """Tell whether a DHCPv4 client gets an answer."""
+        options = ["-f", "-q", "-n", "-t", "2", "-T", "1", "-i", "eth0", "-s", "/bin/true"]
+        return self.victim.run("udhcpc", *options, check=False).returncode == 0
+
+    def renews(self) -> bool:
+        """Tell whether the victim's IPv6 lease is renewed."""
+        reply = f"DHCPREPLY(br0) {self.addresses6[0]} {self.duid.hex(':')}"
+        told = self.host.log.read_text().count(reply)
+        self.victim.send(bytes(solicitation(self.victim, 133)), bytes(dhcp6(self, self.victim, scapy.DHCP6_Renew)))
+        with contextlib.suppress(AssertionError):
+            return wait_for(lambda: self.host.log.read_text().count(reply) > told, "a reply", 2)
+        return False
+
+    def resolves(self, *options: str) -> bool:
+        """Tell whether the host's dnsmasq answers."""
+        command = ["dig", "+short", "+timeout=2", "+tries=1", *options, "inside.v4.instance.internal", "A"]
+        return INSIDE[4] in self.victim.run(*command, check=False).stdout
+
+    def connects(self, address: str) -> bool:
+        """Tell whether a server accepts a connection."""
+        return self.victim.run(sys.executable, "-c", CONNECT, address, check=False).returncode == 0
+
+    def reached(self) -> set[str]:
+        """Return which of the checks succeed, none of them by what neighbours' caches still have."""
+        self.host.run("nft", "flush", "set", "bridge", "instances", "asked")
+        for node in (self.host, self.victim, self.inside):
+            node.run("ip", "neighbour", "flush", "all")
+        with ThreadPoolExecutor(len(CHECKS)) as pool:
+            results = pool.map(lambda check: check(self), CHECKS.values())
+            return {name for name, success in zip(CHECKS, results) if success}
+
+    def forge(self, version: int, source: str, chain: str, heard) -> None:
+        """Check that a chain keeps what is sent from the victim's address away from a server, which else hears it."""
+
+        def is_heard(sender, text):
+            frame = datagram(sender, source, INSIDE[version]) / f"{text} {version}".encode()
+            frame.dst = self.inside.mac
+            sender.send(bytes(frame))
+            return f"{text} {version}" in heard()
+
+        with self.without(chain):
+            wait_for(lambda: is_heard(self.registered, "open"), "a forged datagram")
+        dropped = self.host.counted(chain)
+        is_heard(self.registered, "guarded")
+        wait_for(lambda: self.host.counted(chain) > dropped, "its drop")
+        wait_for(lambda: is_heard(self.victim, "honest"), "an honest datagram")
+        assert "guarded" not in heard()
+
+    def tables(self) -> set[str]:
+        """Return the tables, as "table ip filter"."""
+        return set(self.host.run("nft", "list", "tables").stdout.splitlines())
+
+    def guard(self) -> list[str]:
+        """Return the listings of the guard's tables, with handles, which are never given twice."""
+        tables = ("bridge instances", "inet instances_group", "arp instances_group")
+        return [self.host.run("nft", "-a", "-s", "-t", "list", "table", *table.split()).stdout for table in tables]
+
+    def reach(self, expected: set[str]) -> None:
+        """Wait until these checks succeed and no others."""
+        seen = []
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: seen.append(self.reached()) or seen[-1] == expected, "what is reached")
+        assert seen[-1] == expected
+
+
+CHECKS = {
+    "DHCP 4": Guests.asks,
+    "DHCP 6": Guests.renews,
+    "DNS by UDP 4": lambda g: g.resolves(f"@{HOST4}"),
+    "DNS by UDP 6": lambda g: g.resolves(f"@{HOST6}"),
+    "DNS by TCP 4": lambda g: g.resolves(f"@{HOST4}", "+tcp"),
+    "DNS by TCP 6": lambda g: g.resolves(f"@{HOST6}", "+tcp"),
+    "ping host 4": lambda g: g.victim.pings(HOST4),
+    "ping host 6": lambda g: g.victim.pings(HOST6),
+    **{f"ping inside {v}": lambda g, v=v: g.victim.pings(INSIDE[v]) for v in INSIDE},
+    **{f"ping outside {v}": lambda g, v=v: g.victim.pings(OUTSIDE[v]) for v in OUTSIDE},
+    **{f"TCP inside {v}": lambda g, v=v: g.connects(INSIDE[v]) for v in INSIDE},
+    **{f"TCP outside {v}": lambda g, v=v: g.connects(OUTSIDE[v]) for v in OUTSIDE},
+}
+ALL = set(CHECKS)
+BRIDGED = {check for check in ALL if " inside " in check}
+
+
+class Firewall:
+    """A firewall in a host's namespace."""
+
+    def __init__(self, host: Host, folder: Path):
+        self.host, self.folder, self.output, self.programs = host, folder, folder / "output", []
+        for name in ("etc", "run", "log"):
+            (folder / name).mkdir()
+        shutil.copytree("/etc/alternatives", make_etc(folder / "etc") / "alternatives", symlinks=True)
+        self.places = mounted({"/etc": folder / "etc", "/run": folder / "run", "/var/log": folder / "log"})
+        self.env = environment(host.base, DBUS_SYSTEM_BUS_ADDRESS="unix:path=/run/bus")
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        """Run a command where the firewall is."""
+        return self.host.run(*self.places, *command, check=check, env=self.env)
+
+    def begin(self, *command: str) -> None:
+        """Start a program of the firewall."""
+        with open(self.output, "w") as file:
+            program = self.host.start(*self.places, *command, env=self.env, stdout=file, stderr=file)
+        self.programs.append(program)
+
+    def mend(self) -> None:
+        """Run the page's lines."""
+        self.run("sh", "-euxc", LINES[self.command])
+
+    def end(self) -> None:
+        """End the programs of the firewall."""
+        for program in reversed(self.programs):
+            self.host.stop(program)
+
+
+class Docker(Firewall):
+    """Docker, without a container."""
+
+    needs, command = ("dockerd", "containerd", "iptables"), "iptables"
+    left = ALL - {"ping inside 4", "TCP inside 4", "ping outside 4", "TCP outside 4"}
+
+    def start(self, forwarding: str = "0") -> None:
+        self.host.set("net/ipv4/ip_forward", forwarding)
+        (self.folder / "daemon.json").write_text("{}")
+        options = f"--config-file={self.folder}/daemon.json --data-root={self.folder}/docker --storage-driver=vfs"
+        self.begin("sh", "-ec", f"mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec dockerd {options}")
+        wait_for(lambda: "API listen on" in self.output.read_text(), "dockerd")
+
+    def reload(self) -> None:
+        self.host.stop(self.programs.pop())
+        self.start("1")
+
+    def end(self) -> None:
+        super().end()
+        self.host.run("ip", "link", "delete", "docker0")
+
+
+class Ufw(Firewall):
+    """ufw, as it is when it is enabled for the first time."""
+
+    needs, command = ("ufw", "iptables"), "ufw"
+    left = {"ping host 4", "ping host 6", "ping inside 4", "ping outside 4", "ping outside 6"}
+
+    def start(self) -> None:
+        shutil.copytree("/etc/ufw", self.folder / "etc/ufw")
+        (self.folder / "etc/default").mkdir()
+        shutil.copy("/etc/default/ufw", self.folder / "etc/default")
+        self.run("ufw", "--force", "reset")
+        self.run("ufw", "--force", "enable")
+
+    def reload(self) -> None:
+        self.run("ufw", "reload")
+
+
+class Firewalld(Firewall):
+    """firewalld without a configuration, and a bus for it."""
+
+    needs, command = ("firewalld", "firewall-cmd", "dbus-daemon"), "firewall-cmd"
+    left = {"ping host 4", "ping host 6"}
+
+    def start(self) -> None:
+        (self.folder / "etc/firewalld").mkdir()
+        shutil.copy("/etc/protocols", self.folder / "etc")
+        self.begin("dbus-daemon", "--session", "--nofork", "--address=unix:path=/run/bus")
+        wait_for((self.folder / "run/bus").exists, "the bus")
+        self.begin("firewalld", "--nofork", "--nopid")
+        wait_for(lambda: self.run("firewall-cmd", "--state", check=False).returncode == 0, "firewalld")
+
+    def reload(self) -> None:
+        self.run("firewall-cmd", "--reload")
+
+
+@pytest.fixture(scope="module")
+def guests(tmp_path_factory):
+    """The guarded host with its guests, on which each firewall is tried."""
+    need(*PROGRAMS)
+    host = Host(tmp_path_factory.mktemp("guests"))
+    try:
+        yield Guests(host)
+    finally:
+        host.close()
+
+
+@pytest.fixture(params=[Docker, Ufw, Firewalld], ids=lambda kind: kind.__name__)
+def firewall(request, guests, tmp_path):
+    """A firewall that is not started. It ends, and its tables go."""
+    need(*request.param.needs)
+    tables = guests.tables()
+    guests.host.br_netfilter(True)
+    firewall = request.param(guests.host, tmp_path)
+    yield firewall
+    firewall.end()
+    guests.host.run("nft", "".join(f"delete {table}\n" for table in guests.tables() - tables))
+
+
+def test_guests_are_cut_off_until_the_page_s_lines_mend_it(guests, firewall):
+    guests.reach(ALL)
+    firewall.start()
+    guests.reach(firewall.left)
+    guests.host.br_netfilter(False)
+    guests.reach(firewall.left | BRIDGED)
+    guests.host.br_netfilter(True)
+    firewall.mend()
+    guests.reach(ALL)
+
+
+@pytest.mark.parametrize("firewall", [Docker], indirect=True)
+def test_docker_cuts_nobody_off_where_forwarding_was_on(guests, firewall):
+    firewall.start(forwarding="1")
+    firewall.run("iptables", "-C", "FORWARD", "-j", "DOCKER-USER")
+    guests.reach(ALL)
+
+
+def test_guard_drops_forged_datagrams_beside_it(guests, firewall):
+    firewall.start()
+    firewall.mend()
+    with hearing(guests.inside) as heard:
+        guests.forge(4, guests.own["ipv4"], "instances_drop_ip", heard)
+        guests.forge(6, guests.own["ipv6_gua"], "instances_drop_ip6", heard)
+
+
+def test_reload_leaves_the_guard_and_the_lines(guests, firewall):
+    firewall.start()
+    firewall.mend()
+    guard = guests.guard()
+    firewall.reload()
+    assert guests.guard() == guard
+    guests.reach(ALL)
+
+
+def test_service_has_nothing_to_say_beside_it(guests, firewall):
+    guests.settle()
+    firewall.start()
+    assert guests.host.run(*guests.host.applying()).stderr == ""
+
+
+def test_lines_for_a_boot_are_those_for_docker():
+    assert re.findall("^ExecStartPost=(.*\n)", SECTION, re.MULTILINE) == LINES["iptables"].splitlines(keepends=True)
