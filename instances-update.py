@@ -181,9 +181,10 @@ def link_local(mac):
 
 
 def others(registry, mac, field, value):
-    """Return the MAC addresses of the other instances that have a name or address, in any case (RFC 4343)."""
-    value = value.lower()
-    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value]
+    """Return the MAC addresses of the other instances that have an address, or a name in any case (RFC 4343)."""
+    if field == "name":
+        return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value.lower()]
+    return [m for m, i in registry.items() if m != mac and i.get(field) == value]
 
 
 def assign(registry, mac, field, value, holders):
@@ -282,11 +283,11 @@ def registry_text(registry):
     import json
 
     # The same in half the time, where all braces are the registry's own. JSON escapes line breaks in strings.
-    text = json.dumps(registry, separators=(",\n    ", ": "))
+    text = json.dumps(registry, separators=(",\n    ", ": "), check_circular=False)
     if "[" in text or text.count("{") != len(registry) + 1 or not all([registry, *registry.values()]):
         return json.dumps(registry, indent=2) + "\n"
-    text = text[1:-2].replace("},\n    ", "\n  },\n  ").replace(": {", ": {\n    ")
-    return f"{{\n  {text}\n  }}\n}}\n"
+    text = text.replace("},\n    ", "\n  },\n  ").replace("{", "{\n    ")
+    return f"{{\n  {text[6:-2]}\n  }}\n}}\n"
 
 
 def is_registered(text, mac, field, address, hostname):
@@ -330,6 +331,13 @@ def interface_fields(interface):
     return link["address"], fields
 
 
+def version(path):
+    """Return what is another after each replacement or edit of a file, None where there is no file."""
+    if os.path.exists(path):
+        status = os.stat(path)
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def update(change, mac, *arguments):
     """Change the registry by change(registry, mac, *arguments); return the exit status."""
     if not is_mac(mac):
@@ -337,14 +345,16 @@ def update(change, mac, *arguments):
     base = base_path()
     path, follows = base + ".json", base + ".follows"
     gc.disable()  # there is no garbage to look for
-    message, warnings = change(read_registry(path), mac, *arguments)
+    read, registry = version(path), read_registry(path)
+    message, warnings = change(registry, mac, *arguments)
     if message:  # there is something to change
         with locked(base):
             if os.path.exists(follows):  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            registry = read_registry(path)  # again: somebody may have changed it before this had the lock
-            message, warnings = change(registry, mac, *arguments)
+            if version(path) != read:  # somebody was first: decide again
+                registry = read_registry(path)
+                message, warnings = change(registry, mac, *arguments)
             if message:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))

@@ -462,11 +462,11 @@ def test_all_is_in_force_after_a_boot(applied):
 
 def test_files_and_names_are_made_once_where_rules_cannot_be_listed(applied):
     nft = applied.host.folder / "nft"
-    nft.write_text("#!/bin/sh\nexit 1\n")
+    nft.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
     nft.chmod(0o755)
     path = f"{applied.host.folder}:" + re.search("PATH='(.*)'", applied.settings.read_text())[1]
     applied.write_settings(INSTANCES_ADDRESS_SETS="host,web", PATH=path)
-    failed = "instances-apply: nft can't list the rules\n"
+    failed = "instances-apply: nft can't list the rules: broken\n"
     assert re.fullmatch(f".*1 instances, .*\n{failed}", applied.apply(check=False).stderr)
     assert applied.apply(check=False).stderr == failed
 
