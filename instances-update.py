@@ -274,8 +274,8 @@ def remove(registry, mac):
     """Remove an instance; return as register does."""
     if mac not in registry:
         return "", [f"{mac}: no such instance"]
-    again = "while dnsmasq has a lease of it, it comes back: dhcp_release ends that"
-    return f"{mac} {registry.pop(mac).get('name', '')}: removed; {again}", []
+    again = f"{mac} comes back with a lease that dnsmasq still has: dhcp_release ends that"
+    return f"{mac} {registry.pop(mac).get('name', '')}: removed", [again]
 
 
 def registry_text(registry):
