@@ -75,7 +75,7 @@ def start(namespace, command, log):
 
 def step(text):
     """Print what comes next."""
-    print(f"\n== {text}", flush=True)
+    print(f"\n== {text}")
 
 
 def make_host(folder):
@@ -181,6 +181,7 @@ def main():
     if len(sys.argv) > 1 or os.geteuid() != 0:
         print("usage: demo.py     as root", file=sys.stderr)
         return 2
+    sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too: an error comes behind what led to it
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="demo"))
