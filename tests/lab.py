@@ -413,6 +413,8 @@ class Host(Namespace):
         than the guard's has its family and table in front."""
         place = chain if " " in chain else f"bridge instances {chain}"
         listing = self.run("nft", "-a", "list", "chain", *place.split()).stdout
+        # nftables 1.1 lists masks as hexadecimal numbers
+        listing = re.sub(r"frag-off & (0x\w+) != 0x0", lambda match: f"frag-off & {int(match[1], 0)} != 0", listing)
         rules = [line for line in listing.splitlines() if text in line and re.search(r"^\t\t(?!type .* hook)", line)]
         count = re.compile(r"counter packets (\d+)")
         return {line.rpartition(" ")[2]: int((count.search(line) or (0, 0))[1]) for line in rules}

@@ -119,10 +119,13 @@ class Guest:
         self.kinds, _, self.command, files = CLIENTS[name]
         self.client = host.client(name, f"10:66:6a:4c:a1:1{list(CLIENTS).index(name)}", wait=False)
         self.client.run("ip", "link", "set", "eth0", "down")
-        self.root, self.name = self.client.folder, "" if name == "stock" else name  # dhcpcd as it is tells no name
+        self.root = self.client.folder
         for folder in ("run", "var/lib/dhcp", "var/lib/dhcpcd", "var/lib/NetworkManager"):
             (self.root / folder).mkdir(parents=True)
         shutil.copytree("/etc", self.root / "etc", symlinks=True)
+        # dhcpcd as it is tells its name from Debian 13 on
+        silent = name == "stock" and "\nhostname\n" not in (self.root / "etc" / "dhcpcd.conf").read_text()
+        self.name = "" if silent else name
         for path, text in {"machine-id": os.urandom(16).hex() + "\n", "resolv.conf": "", **files}.items():
             (self.root / "etc" / path).unlink(missing_ok=True)
             (self.root / "etc" / path).write_text(text)
