@@ -207,6 +207,7 @@ class Judge:
         if packet and len(packet.source) == 16:
             kind = packet.data[0] if packet.protocol == ICMP6 and packet.data else None
             claims = kind == ADVERT or (kind == SOLICIT and packet.source == NOBODY)
+            claims &= not packet.fragment  # what is behind the header of a later one is anything
             for address in (packet.source, packet.data[8:24] if claims else b""):
                 if self.standing(frame[6:12], address) == "free":
                     self.claims[address] = frame[6:12]

@@ -188,9 +188,12 @@ class Namespace:
         self.processes.remove(process)
 
     def close(self) -> None:
-        """End the processes and take the namespace away."""
+        """End the processes, and what they have left in the namespace, and take it away."""
         for process in list(self.processes):
             self.stop(process, signal.SIGKILL)
+        for pid in run("ip", "netns", "pids", self.name).stdout.split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "netns", "delete", self.name], check=True)
         OPEN.remove(self)
 

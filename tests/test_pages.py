@@ -1,10 +1,7 @@
 """The commands of the pages: which test runs each block, and those that no other file runs."""
 
-import contextlib
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -90,13 +87,6 @@ class Machine(Host):
     def follow(self, page: str, words: str) -> str:
         """Run a block of a page; return what it prints."""
         return self.shell(block(page, words), page)
-
-    def close(self) -> None:
-        """End what the commands have started, and take the host away."""
-        for pid in self.run("ip", "netns", "pids", self.name).stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        super().close()
 
 
 def made(folder: Path, **options):
