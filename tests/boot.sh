@@ -12,9 +12,7 @@ set -eu
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
-    need systemd-nspawn unshare nsenter nft
-    [ $# -gt 0 ] || set -- trixie
-    for_each "$@"
+    for_each_boot "$@"
 fi
 
 guest=10:66:6a:4c:a1:11

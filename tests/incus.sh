@@ -10,9 +10,7 @@ set -eu
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
-    need systemd-nspawn unshare nsenter nft
-    [ $# -gt 0 ] || set -- trixie
-    for_each "$@"
+    for_each_boot "$@"
 fi
 
 step "a root with Incus and libvirt"

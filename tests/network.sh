@@ -11,9 +11,8 @@ set -eu
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
-    need systemd-nspawn unshare nsenter nft ip
-    [ $# -gt 0 ] || set -- trixie
-    for_each "$@"
+    need ip
+    for_each_boot "$@"
 fi
 
 installing=$(block README.md 'install -m 755' |
@@ -22,8 +21,7 @@ installing=$(block README.md 'install -m 755' |
 step "a root"
 make_root
 add_project
-unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
-    sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/network/network.nft"
+fit_kernel
 mount -t proc proc "$root/proc"
 chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     rm -f /etc/apt/apt.conf.d/docker-clean

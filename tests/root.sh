@@ -57,6 +57,13 @@ for_each() {
     exit 0
 }
 
+# for_each_boot [RELEASE...]: the same for releases (trixie) that systemd-nspawn is to boot
+for_each_boot() {
+    need systemd-nspawn unshare nsenter nft
+    [ $# -gt 0 ] || set -- trixie
+    for_each "$@"
+}
+
 # ---- Inside ----
 if [ "${1-}" = inside ]; then
     release=$2 folder=$3 root=$3/root
@@ -103,7 +110,8 @@ add_project() {
 # fit_kernel: from that copy it takes, as README says, what the kernel here can't do
 fit_kernel() {
     unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
-        sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/nftables/bridge.nft"
+        sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/nftables/bridge.nft" \
+            "$root/root/instances/examples/network/network.nft"
 }
 
 # ---- A machine of it ----
