@@ -479,6 +479,42 @@ def test_egress_example_asks_nobody_for_other_names_where_a_resolver_is_given(br
         bridge.apply()
 
 
+# The firewall by name, on the same bridge
+
+# Sends datagrams to an address, from so many sockets to each of some ports
+FLOOD = """\
+import contextlib, socket, sys
+address, sockets, first, last = sys.argv[1], *map(int, sys.argv[2:])
+for _ in range(sockets):
+    flood = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    for port in range(first, last):
+        with contextlib.suppress(ConnectionRefusedError):
+            flood.sendto(b"x", (address, port))
+"""
+
+
+def test_firewall_example_keeps_room_in_the_table_of_connections(bridge):
+    web, other = bridge.web, bridge.client("other", "10:66:6a:4c:a1:12")
+    other.run("ip", "address", "add", "10.83.0.12/24", "dev", "eth0")
+    web.run("ip", "address", "add", "2001:67c:83::11/80", "dev", "eth0", "nodad")
+    web.run("ip", "route", "replace", "default", "via", "2001:67c:83::1")
+    bridge.set("net/ipv6/conf/all/forwarding", "1")
+    bridge.load(held="02:00:00:00:00:01")
+    bridge.run("nft", "-f", bridge.example("nftables/firewall.nft"))
+
+    def tracked(sender, address: str, sockets: int, first: int, last: int) -> int:
+        """Return how many connections the host remembers after a flood."""
+        sender.run("python3", "-c", FLOOD, address, str(sockets), str(first), str(last))
+        return int(bridge.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count").stdout)
+
+    assert 3900 < tracked(web, "fd99::1", 3, 1000, 3000) < 4100
+    full = tracked(web, "192.0.3.81", 3, 1000, 3000)
+    assert full < 4100 and other.pings("10.83.0.1"), "and others go on"
+    assert tracked(other, "10.83.0.1", 50, 67, 68) < full + 10, "DHCP"
+    bridge.run("nft", "flush chain inet instances dhcp_in; flush chain inet instances connections")
+    assert tracked(other, "10.83.0.1", 50, 67, 68) >= full + 50 and tracked(web, "192.0.3.81", 1, 1000, 3000) > 5500
+
+
 # One container by itself
 
 
@@ -516,9 +552,9 @@ class Container(Namespace):
         enter = ["nsenter", "-t", self.pid, "-m", "-n", "-r", *command]
         return subprocess.run(enter, capture_output=True, text=True, timeout=60)
 
-    def reaches(self, name: str) -> bool:
+    def reaches(self, name: str, wait: str = "2") -> bool:
         """Tell whether a name or address answers, resolved as the container's programs do."""
-        return self.inside("ping", "-n", "-c", "1", "-W", "2", name).returncode == 0
+        return self.inside("ping", "-n", "-c", "1", "-W", wait, name).returncode == 0
 
     def wait_reaches(self, name: str) -> None:
         """Wait until a name answers."""
@@ -560,12 +596,14 @@ class Guard:
             process.wait()
         run(*self.in_group("sleep 0.2; rmdir $1"), "true")
 
-    def start(self, pid: str, upstream: str = "192.0.3.53", **variables: str) -> subprocess.Popen:
+    def start(self, pid: str, *resolvers: str, **variables: str) -> subprocess.Popen:
         """Start it; return when all is in force, or it has ended."""
         log = self.egress.folder / f"log{len(self.started)}"
         with open(log, "w") as file:
             self.started.append(
-                self.egress.start("container", pid, upstream, stderr=file, env=self.egress.env | variables)
+                self.egress.start(
+                    "container", pid, *(resolvers or ["192.0.3.53"]), stderr=file, env=self.egress.env | variables
+                )
             )
         process = self.started[-1]
         wait_for(lambda: "is held" in log.read_text() or process.poll() is not None, "the start")
@@ -650,28 +688,41 @@ def test_egress_example_asks_nobody_for_names_that_a_container_may_not_reach(con
     assert "secret2" not in outside.log(), "not by dnsmasq's user either"
 
 
-@pytest.mark.parametrize("number", range(len(SPECIAL)))
-def test_egress_example_opens_a_private_or_special_address_only_to_a_private_name(container, guard, number):
-    assert container.reaches(f"s{number}.good.example")
+def test_egress_example_opens_a_private_or_special_address_only_to_a_private_name(container, guard):
+    names = {f"s{number}.good.example": address for number, address in enumerate(SPECIAL)}
+    assert all(container.reaches(name) for name in names)
     started = guard.start(container.pid)
     container.wait_reaches("good.example")
-    address = SPECIAL[number]
-    kind = "AAAA" if ":" in address else "A"
-    assert container.inside("dig", "+short", f"s{number}.good.example", kind).stdout == f"{address}\n"
-    assert not container.reaches(address)
-    (guard.egress.lists / "private").write_text(f"s{number}.good.example\n")
+    for name, address in names.items():
+        kind = "AAAA" if ":" in address else "A"
+        assert container.inside("dig", "+short", name, kind).stdout == f"{address}\n"
+    listing = container.run("nft", "list", "table", "inet", "egress").stdout
+    assert all(address in listing for address in SPECIAL), "by dnsmasq's word they are allowed"
+    assert not any(container.reaches(address, wait="0.3") for address in SPECIAL)
+    (guard.egress.lists / "private").write_text("".join(f"{name}\n" for name in names))
     guard.reload(started)
-    container.wait_reaches(f"s{number}.good.example")
+    for name in names:
+        container.wait_reaches(name)
 
 
-# Connects to an address that is not allowed, as often as it can, and tells the number of its tries
+# Connects to an address that is not allowed, as often as it can, sends to where it is answered, and counts its tries
 TRIES = """\
-import itertools, socket, sys
+import contextlib, itertools, socket, sys
+old = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 for number in itertools.count(1):
+    with contextlib.suppress(PermissionError, ConnectionRefusedError):
+        old.sendto(b"x", ("192.0.3.81", 9000))
     with socket.socket() as tried:
         tried.setblocking(False)
         tried.connect_ex(("192.0.3.81", 80))
     print(number, file=open(sys.argv[1], "w"))
+"""
+ECHO = """\
+import socket
+echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+echo.bind(("192.0.3.81", 9000))
+while True:
+    echo.sendto(b"y", echo.recvfrom(9)[1])
 """
 
 
@@ -687,19 +738,22 @@ def test_egress_example_lets_no_try_through_whatever_happens_to_its_programs(con
         return int((tried.exists() and tried.read_text()) or 0)
 
     try:
-        container.start("python3", "-c", TRIES, tried, stderr=subprocess.DEVNULL)
-        wait_for(seen, "a try that gets through")
+        echo = outside.start("python3", "-c", ECHO)
+        container.start("python3", "-c", TRIES, tried)
+        conntrack = "add table ip t; add chain ip t c { type filter hook output priority 0; }; add rule ip t c ct state"
+        container.run("nft", f"{conntrack} established counter")
+        wait_for(lambda: "packets 0 " not in container.run("nft", "list", "table", "ip", "t").stdout, "an answer")
         started = guard.start(container.pid)
         before, first = seen(), tries()
         for number in range(20):
             guard.reload(started)
-            if number % 5 == 0:  # in turn its dnsmasq, itself, and, when told so
+            if number == 5:
                 (dnsmasq,) = container.dnsmasq()
                 os.kill(int(dnsmasq), signal.SIGKILL)
                 assert started.wait(30) == 1
-            elif number % 5 == 1:
+            elif number == 10:
                 guard.kill(started)
-            elif number % 5 == 2:
+            elif number == 15:
                 assert guard.stop(started) == 0
             started = guard.start(container.pid) if started.poll() is not None else started
         wait_for(lambda: tries() - first > 10000, "ten thousand tries")
@@ -709,6 +763,7 @@ def test_egress_example_lets_no_try_through_whatever_happens_to_its_programs(con
         wait_for(lambda: seen() > before, "a try that gets through at the end")
     finally:
         outside.run("nft", "delete table ip seen")
+        outside.stop(echo)
 
 
 def test_egress_example_leaves_no_dnsmasq_where_it_is_told_to_end_at_its_start(container, guard):
@@ -845,3 +900,88 @@ def test_egress_example_container_usage(lists, arguments):
 def test_egress_example_refuses_what_is_no_address_of_a_resolver(lists, resolver):
     result = lists("container", "1", resolver)
     assert result.returncode == 1 and resolver in result.stderr and result.stderr.count("\n") == 1
+
+
+# Containers of Docker
+
+SERVICE = "import socket\nserver = socket.create_server(('', 80))\nwhile True:\n    server.accept()[0].close()"
+CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], 80), 2)"
+
+
+class Docker(Namespace):
+    """A host with a dockerd, and containers web, db and cache on a network of their own."""
+
+    def __init__(self, outside: Outside, folder: Path):
+        super().__init__("docker")
+        outside.connect(self, "eth0", f"192.0.3.{100 + outside.ports}/24")
+        (folder / "run").mkdir()
+        (folder / "daemon.json").write_text("{}")
+        options = (
+            f"--config-file={folder}/daemon.json --data-root={folder}/docker --storage-driver=vfs --dns=192.0.3.53"
+        )
+        begin = ["sh", "-ec", f"mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec dockerd {options}"]
+        with open(folder / "dockerd.log", "w") as log:
+            self.dockerd = self.start(*mounted({"/run": folder / "run"}), *begin, stdout=log, stderr=log)
+        wait_for(lambda: "API listen on" in (folder / "dockerd.log").read_text(), "dockerd")
+        (folder / "image" / "usr").mkdir(parents=True)
+        for name in ("bin", "sbin", "lib", "lib64"):
+            (folder / "image" / name).symlink_to(f"usr/{name}")
+        run("tar", "-C", folder / "image", "-cf", folder / "image.tar", ".")
+        self.docker("import", folder / "image.tar", "image")
+        self.docker("network", "create", "app")
+        for name in ("web", "db", "cache"):
+            options = ["-d", "--name", name, "--network", "app", "--cap-drop=NET_RAW", "-v", "/usr:/usr:ro"]
+            self.docker("run", *options, "image", "python3", "-c", SERVICE)
+        self.pid = self.docker("inspect", "-f", "{{.State.Pid}}", "web").stdout.strip()
+
+    def docker(self, *arguments, check: bool = True) -> subprocess.CompletedProcess:
+        """Run a command of Docker."""
+        return self.run("nsenter", "-m", "-t", self.dockerd.pid, "docker", *arguments, check=check)
+
+    def connects(self, name: str) -> bool:
+        """Tell whether web connects to a name."""
+        return self.docker("exec", "web", "python3", "-c", CONNECT, name, check=False).returncode == 0
+
+    def ask(self, name: str, *options: str) -> None:
+        """Have web ask Docker's resolver."""
+        self.docker("exec", "web", "dig", "+tries=1", "+time=1", *options, "@127.0.0.11", name, check=False)
+
+    def close(self) -> None:
+        """End the containers and dockerd."""
+        self.docker("rm", "-f", "web", "db", "cache", check=False)
+        self.stop(self.dockerd)
+        super().close()
+        run(
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            "mount -t cgroup2 cgroup2 /sys/fs/cgroup; rmdir /sys/fs/cgroup/docker || :",
+        )
+
+
+def test_egress_example_lets_a_container_of_docker_have_services_of_its_network(guard, outside, tmp_path):
+    need("dockerd", "docker", "runc")
+    docker = Docker(outside, tmp_path)
+    try:
+        rules = docker.run("nsenter", "-n", "-t", docker.pid, "iptables-save", "-t", "nat").stdout
+        behind = re.search(r"-p udp .*--to-destination 127\.0\.0\.11:(\d+)", rules)[1]
+        docker.ask("secret1.bad.example")
+        docker.ask("secret2.bad.example", "-p", behind)
+        assert "secret1" in outside.log() and "secret2" in outside.log() and docker.connects("cache")
+        (guard.egress.lists / "private").write_text("db\n")
+        started = guard.start(docker.pid, "192.0.3.53", "127.0.0.11")
+        assert started.poll() is None and "warning" not in started.log.read_text()
+        assert docker.connects("db") and not docker.connects("cache")
+        resolved = docker.docker("exec", "web", "getent", "ahostsv4", "good.example").stdout
+        assert "192.0.3.80" in resolved
+        docker.ask("secret3.bad.example")
+        docker.ask("secret4.bad.example", "-p", behind)
+        docker.docker("stop", "-t", "0", "db")
+        asked = outside.log().count("query")
+        assert not docker.connects("db")
+        assert "secret3" not in outside.log() and "secret4" not in outside.log()
+        assert outside.log().count("query") < asked + 10, "no loop"
+        assert guard.stop(started) == 0
+    finally:
+        docker.close()
