@@ -275,7 +275,7 @@ def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force_until_it_
     machine.follow("examples/egress/README.md", "instances-egress allow")
     config = (machine.etc / "dnsmasq.d" / "egress.conf").read_text()
     assert "nftset=/debian.org/" in config and "nftset=/pypi.org/" in config
-    assert "@web.v4.instance" in machine.run("nft", "list", "table", "inet", "egress-rules").stdout
+    assert "10:66:6a:4c:a1:11" in machine.run("nft", "list", "table", "inet", "egress").stdout
     assert machine.run("dig", "+short", "@10.83.0.1", "host.instance.internal").stdout == "10.83.0.1\n"
     machine.follow("examples/egress/README.md", "rm -r /etc/instances/egress.nft")
     assert "egress" not in machine.run("nft", "list", "tables").stdout and not list(machine.etc.rglob("*egress*"))
