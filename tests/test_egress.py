@@ -855,6 +855,13 @@ def test_egress_example_keeps_a_container_closed_where_its_port_is_taken(contain
     container.wait_reaches("good.example")
 
 
+def test_egress_example_refuses_a_container_of_its_own_control_group(container, guard):
+    run(*guard.in_group(f'echo {container.pid} >"$1/cgroup.procs"'), "true")
+    started = guard.start(container.pid)
+    assert started.wait(30) == 1 and "control group beside" in started.log.read_text() and container.tables() == ""
+    os.kill(int(container.pid), signal.SIGKILL)
+
+
 def test_egress_example_changes_nothing_where_its_rules_are_not_loaded(container, guard):
     (guard.egress.lists / "container.nft").write_text("table inet egress { broken }\n")
     started = guard.start(container.pid)
