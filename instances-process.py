@@ -191,7 +191,7 @@ FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
 def say(message, descriptor=2):
     """Write one line of printable ASCII, on standard error unless told otherwise."""
-    line = ascii(f"{os.path.basename(__file__)}: {message}")[1:-1]
+    line = ascii(f"{os.path.basename(sys.argv[0])}: {message}")[1:-1]
     try:
         os.write(descriptor, f"{line}\n".encode())
     except OSError:  # what is done is done, whether or not anybody reads of it

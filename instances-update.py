@@ -29,7 +29,7 @@ LEASED = ("ipv4", "ipv6_gua", "ipv6_ula")  # the fields of a registry's addresse
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
 def say(message, descriptor=2):
     """Write one line of printable ASCII, on standard error unless told otherwise."""
-    line = ascii(f"{os.path.basename(__file__)}: {message}")[1:-1]
+    line = ascii(f"{os.path.basename(sys.argv[0])}: {message}")[1:-1]
     try:
         os.write(descriptor, f"{line}\n".encode())
     except OSError:  # what is done is done, whether or not anybody reads of it
@@ -338,26 +338,48 @@ def version(path):
         return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def update(change, mac, *arguments):
-    """Change the registry by change(registry, mac, *arguments); return the exit status."""
-    if not is_mac(mac):
-        raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
+def change_registry(change, follower=False):
+    """Change the registry by change(registry) and make the marker; return what change returned.
+
+    Programs in examples load this file and call this: nobody else takes the lock, reads and replaces. change(registry)
+    changes the registry in place and nothing else, and returns a pair: what it changed (false: nothing, and nothing is
+    written) and warnings. It is called without the lock first, so that who changes nothing waits for nobody, and under
+    the lock again, with the registry read anew, if somebody was faster. ValueError on a host that follows another, or
+    from change: nothing is changed. The follower itself is not refused, and replaces also what is no registry.
+    """
     base = base_path()
     path, follows = base + ".json", base + ".follows"
-    gc.disable()  # there is no garbage to look for
-    read, registry = version(path), read_registry(path)
-    message, warnings = change(registry, mac, *arguments)
-    if message:  # there is something to change
+
+    def read():
+        try:
+            return read_registry(path)
+        except ValueError:
+            if not follower:
+                raise
+            return {}
+
+    seen, registry = version(path), read()
+    result = change(registry)
+    if result[0]:  # there is something to change
         with locked(base):
-            if os.path.exists(follows):  # made by examples/network: another host's changes come here
+            if os.path.exists(follows) and not follower:  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            if version(path) != read:  # somebody was first: decide again
-                registry = read_registry(path)
-                message, warnings = change(registry, mac, *arguments)
-            if message:
+            if version(path) != seen:  # somebody was first: decide again
+                registry = read()
+                result = change(registry)
+            if result[0]:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))
+    return result
+
+
+def update(change, mac, *arguments):
+    """Change the registry by change(registry, mac, *arguments), and say what changed; return the exit status."""
+    if not is_mac(mac):
+        raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
+    gc.disable()  # there is no garbage to look for
+    message, warnings = change_registry(lambda registry: change(registry, mac, *arguments))
     for warning in warnings:
         say(f"warning: {warning}")
     if message:

@@ -600,6 +600,45 @@ def test_change_waits_ten_seconds_for_the_lock_and_says_which(held_up):
     assert read(base)[MAC]["ipv4"] == "10.83.0.11" and files(base).keys() <= {"instances.json", "instances.lock"}
 
 
+@pytest.fixture
+def change(base, tmp_path):
+    """A function that runs a program's change of the registry, given as the code of a function; it gives the result."""
+    program = tmp_path / "program"
+    loading = f"import runpy, sys\nupdate = runpy.run_path({str(UPDATE)!r})\n"
+
+    def run_change(code, keywords=""):
+        call = f"def change(registry):\n{code}\ndef main(_):\n    print(update['change_registry'](change{keywords}))\n"
+        program.write_text(f"{loading}{call}sys.exit(update['run'](main))\n")
+        return run_script(program, base=base)
+
+    return run_change
+
+
+def test_program_changes_the_registry_by_one_call_and_is_refused_as_this_script_is(base, change):
+    write(base, {MAC: {"name": "web"}})
+    code = "    registry['x'] = {}; return 'made x', ['a warning']"
+    base.with_suffix(".follows").write_text("a writes it")
+    before = files(base)
+    result = change(code)
+    refused = f"program: error: {base}.json is not to be changed on this host: a writes it\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", refused)
+    assert {n: t for n, t in files(base).items() if n not in ("program", "instances.lock")} == before
+    base.with_suffix(".follows").unlink()
+    assert change(code).stdout == "('made x', ['a warning'])\n"
+    assert read(base) == {MAC: {"name": "web"}, "x": {}} and base.with_suffix(".updated").exists()
+    assert "error: " in change("    registry.clear(); raise ValueError('no')").stderr and "x" in read(base)
+    with lock_held(base):
+        assert change("    registry.clear(); return '', ['nothing']").stdout == "('', ['nothing'])\n"
+
+
+def test_follower_replaces_also_a_registry_that_cannot_be_read(base, change):
+    write(base, "{")
+    base.with_suffix(".follows").write_text("a writes it")
+    code = "    registry['x'] = {}; return True, []"
+    assert "mend it or move it away" in change(code).stderr
+    assert change(code, ", follower=True").returncode == 0 and read(base) == {"x": {}}
+
+
 def initialize(host, *arguments):
     return host.update("--initialize", *arguments)
 
