@@ -285,10 +285,10 @@ def rename(registry, mac, name):
 def allow(registry, mac, *texts):
     """Let an instance send from these addresses and networks, and no longer from others; return as register does."""
     networks = sorted({parse_allowed(text) for text in texts}, key=lambda network: (network.version, network))
-    for network in networks:
-        for other, field in ((other, field) for other in registry for field in LEASED if other != mac):
-            if is_in(registry[other].get(field), [network]):
-                raise ValueError(f"{network}: {label(registry, other)} has {registry[other][field]}")
+    for other, instance in registry.items():
+        for address in map(instance.get, LEASED):
+            if other != mac and is_in(address, networks):
+                raise ValueError(f"{', '.join(texts)}: {label(registry, other)} has {address}")
     new = [str(n.network_address if n.num_addresses == 1 else n) for n in networks]
     old = registry[mac].pop("allowed", [])
     registry[mac] |= {"allowed": new} if new else {}
@@ -306,10 +306,13 @@ def put(registry, before, edited, copy):
     """Put in place what was edited; return as register does. ValueError if somebody else has changed that, too."""
     macs = [mac for mac in before | edited if before.get(mac) != edited.get(mac)]
     for mac in macs:
-        if registry.pop(mac, None) != before.get(mac):
+        if registry.get(mac) != before.get(mac):
             raise ValueError(f"{mac} was changed meanwhile: your edit is not put in place, and stays in {copy}")
-        registry |= {mac: edited[mac]} if mac in edited else {}
-    return ", ".join(macs) and f"{', '.join(macs)}: edited", []
+        if mac in edited:
+            registry[mac] = edited[mac]
+        else:
+            del registry[mac]
+    return f"{', '.join(macs)}: edited" if macs else "", []
 
 
 def registry_text(registry):
@@ -472,9 +475,9 @@ def main(arguments):
         case ["--help" | "-h" | "help", *_]:
             os.write(1, __doc__.partition("\n\n")[2].encode())
             return 0
-        case [action, *_] if (
-            action not in ("add", "old") and action[:1] != "-" and (action in IGNORED or not os.isatty(2))
-        ):
+        case ["add" | "old", *_]:
+            pass
+        case [action, *_] if action in IGNORED or action[:1] != "-" and not os.isatty(2):
             return 0
     say(f"error: {' '.join(arguments) or 'nothing'}: no action with its arguments: see --help")
     return 2
