@@ -166,7 +166,7 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         if sys.argv[1:] == ["--version"]:
-            return os.write(1, f"{os.path.basename(sys.argv[0])} {VERSION}\n".encode()) and 0
+            return say(VERSION, 1) or 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
@@ -214,8 +214,7 @@ def is_in(address, networks):
             if ip_address(address) in ip_network(network):
                 return True
         except (TypeError, ValueError):
-            pass
-    return False
+            continue
 
 
 def register(registry, mac, ip, hostname, kind, keepers=()):
@@ -252,7 +251,7 @@ def register(registry, mac, ip, hostname, kind, keepers=()):
         instance[field] = address
         before = f" in place of {old}" if old and old != address else ""
         changes.append(f"{field} {address}{before}{take(registry, mac, field, address)}")
-    return f"{label(registry, mac)}: {', '.join(changes)}" if changes else "", warnings
+    return label(registry, mac) + ": " + ", ".join(changes) if changes else "", warnings
 
 
 def initialize(registry, mac, fields):
@@ -263,7 +262,7 @@ def initialize(registry, mac, fields):
     own += [(parse_address(address)[0], address) for address in fields.get("allowed", [])]
     taken = [value + taken for field, value in own if (taken := take(registry, mac, field, value))]
     changed = taken or registry[mac] != old
-    return f"{label(registry, mac)}: {', '.join(['initialized', *taken])}" if changed else "", []
+    return label(registry, mac) + ": " + ", ".join(["initialized", *taken]) if changed else "", []
 
 
 def change_instance(registry, change, text, *arguments):
@@ -284,20 +283,20 @@ def rename(registry, mac, name):
 
 def allow(registry, mac, *texts):
     """Let an instance send from these addresses and networks, and no longer from others; return as register does."""
-    networks = sorted({parse_allowed(text) for text in texts}, key=lambda network: (network.version, network))
+    networks = sorted({parse_allowed(text) for text in texts}, key=lambda n: (n.version, n))
     for other, instance in registry.items():
         for address in map(instance.get, LEASED):
             if other != mac and is_in(address, networks):
-                raise ValueError(f"{', '.join(texts)}: {label(registry, other)} has {address}")
+                raise ValueError(f"{' '.join(texts)}: {label(registry, other)} has {address}")
     new = [str(n.network_address if n.num_addresses == 1 else n) for n in networks]
     old = registry[mac].pop("allowed", [])
     registry[mac] |= {"allowed": new} if new else {}
-    return f"{label(registry, mac)}: allowed {', '.join(new) or 'nothing more'}" if new != old else "", []
+    return label(registry, mac) + ": allowed " + (", ".join(new) or "nothing more") if new != old else "", []
 
 
 def remove(registry, mac):
     """Remove an instance; return as register does."""
-    message = f"{label(registry, mac)}: removed"
+    message = label(registry, mac) + ": removed"
     again = f"{mac} comes back if dnsmasq has a lease of it: run instances-release before --remove"
     return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
 
@@ -312,7 +311,7 @@ def put(registry, before, edited, copy):
             registry[mac] = edited[mac]
         else:
             del registry[mac]
-    return f"{', '.join(macs)}: edited" if macs else "", []
+    return ", ".join(macs) + ": edited" if macs else "", []
 
 
 def registry_text(registry):
@@ -349,14 +348,11 @@ def interface_fields(interface):
     if link.get("link_type") != "ether":
         raise ValueError(f"{interface}: {result.stderr.strip() or 'has no Ethernet address'}")
     fields, further = {}, set()
-    for entry in link["addr_info"]:
+    for entry in (entry for entry in link["addr_info"] if not entry.get("temporary")):
         field, address = parse_address(entry["local"])
-        if field and not entry.get("temporary") and not entry.get("deprecated"):
+        if field and not entry.get("deprecated"):
             fields.setdefault(field, address)  # the first: a primary one
-            if field in ("ipv6_gua", "ipv6_ula") and entry["prefixlen"] <= 64:
-                prefix = f"{interface} has {address}/{entry['prefixlen']}"
-                say(f"warning: {prefix}: what guests make of a prefix of 64 or fewer bits by SLAAC is not registered")
-        if field in LEASED and not entry.get("temporary") and not address.startswith("169.254."):
+        if field in LEASED and not address.startswith("169.254."):
             further.add(address)
     fields.setdefault("ipv6_lla", link_local(link["address"]))  # a bridge without a port has none yet
     if further := further - {*fields.values()}:
@@ -410,10 +406,8 @@ def report(change, *arguments):
     """Change the registry by change(registry, *arguments), and say what changed; return the exit status."""
     message, warnings = change_registry(lambda registry: change(registry, *arguments))
     for warning in warnings:
-        say(f"warning: {warning}")
-    if message:
-        say(message, 1)
-    return 0
+        say("warning: " + warning)
+    return say(message, 1) or 0 if message else 0
 
 
 def edit():
