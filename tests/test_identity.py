@@ -127,14 +127,19 @@ FORGED = {  # what the registry itself does not believe, as dnsmasq does
 }
 
 
+def credulous(script):
+    """Write a copy of our script that believes all that dnsmasq tells it."""
+    text, count = re.subn('elif (keepers|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
+    assert count == 2
+    script.write_text(text)
+    script.chmod(0o755)
+
+
 @pytest.mark.parametrize("who", ATTACKERS)
 @pytest.mark.parametrize("attack", FORGED)
 def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     attacker, script = getattr(bridge, who), bridge.host.folder / "credulous.py"
-    text, count = re.subn('elif (holders|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
-    assert count == 2
-    script.write_text(text)
-    script.chmod(0o755)
+    credulous(script)
     frames = solicitation(attacker, 133), FORGED[attack](bridge, attacker)
     for believed in (script, UPDATE):
         bridge.reset(script=believed)
@@ -146,6 +151,53 @@ def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
     assert not bridge.harm(attacker)
     bridge.victim_is_well()
+
+
+def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is_not_registered(bridge):
+    attacker, host, script = bridge.unregistered, bridge.host, bridge.host.folder / "credulous.py"
+    registered, new, allowed = ([f"2001:67c:83::5{n}", f"fd83:5eed::5{n}"] for n in (3, 4, 5))
+    wanted = {*registered, *new, *allowed}
+    credulous(script)
+
+    def given():
+        return wanted & {*host.registry().get(attacker.mac, {}).values()}
+
+    try:
+        for believed in (script, UPDATE):
+            bridge.reset(script=believed)
+            for address in registered + new:
+                host.run("ip", "address", "replace", f"{address}/80", "dev", "br0", "nodad", "preferred_lft", "0")
+                if address == registered[-1]:
+                    host.update("--initialize", "br0", "host")
+            host.update("--allow", "victim", *allowed)
+            bridge.settle()
+            attacker.send(bytes(solicitation(attacker, 133)))
+            wait_for(lambda: host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
+            rebind = dhcp6(bridge, attacker, scapy.DHCP6_Rebind, duid=own_duid(attacker), addresses=[*wanted])
+            attacker.send(bytes(rebind))
+            if believed == script:
+                wait_for(lambda: len(given()) == 2, "addresses of both kinds")
+        wait_for(lambda: bridge.log().count("has it") == len(wanted), "all of them told")
+        assert bridge.log().count("this host has it") == 4 and not given()
+        bridge.victim_is_well()
+    finally:
+        for address in registered + new:
+            host.run("ip", "address", "del", f"{address}/80", "dev", "br0", check=False)
+
+
+def test_name_that_programs_look_for_is_given_to_nobody_in_any_spelling(bridge):
+    names = [b"wpad", b"WPAD.x", b"isatap.instance.internal", b"localhost.localdomain", b"other.x"]
+    bridge.reset()
+    for number, name in enumerate(names):
+        guest = SimpleNamespace(mac=f"10:66:6a:4c:e1:0{number}")
+        options = ("server_id", HOST4), ("requested_addr", f"10.83.0.16{number}"), ("hostname", name)
+        bridge.unregistered.send(bytes(bootp(guest, "request", *options)))
+
+    def named():
+        return [i["name"] for m, i in sorted(bridge.host.registry().items()) if m.startswith("10:66:6a:4c:e1:")]
+
+    wait_for(lambda: len(named()) == len(names), "their leases")
+    assert named() == ["", "", "", "", "other"]
 
 
 def test_address_whose_lease_was_ended_by_another_is_not_registered(bridge):
