@@ -184,8 +184,8 @@ chain instances_learn_lease {
         goto instances_learn_ack
 }
 chain instances_learn_ack {
-    # It is sent to all, or to the address that it gives (RFC 2131, section 4.1). What looks like one but was routed here
-    # is sent to an address that somebody has already.
+    # It is sent to all, or to the address that it gives (RFC 2131, section 4.1). What looks like one, but was routed
+    # here, is sent to an address that somebody has already.
     update @instances_same_address { @nh,128,32 . @nh,128,32 }
     ip daddr 255.255.255.255 update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
     @nh,128,32 . @th,192,32 @instances_same_address \\
