@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,54 @@ def test_dnsmasq_page_gives_the_bridge_names_and_leases(bare):
     (bare.folder / "instances.hosts.d" / "names").write_text("10.83.0.1 host.instance.internal\n")
     ask = ("dig", "+short", "@10.83.0.1", "host.instance.internal")
     wait_for(lambda: bare.run(*ask).stdout == "10.83.0.1\n", "a name")
+
+
+# Asks for a router advertisement, and prints it
+SOLICITATION = """\
+import socket
+asked = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+asked.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+asked.settimeout(10)
+asked.sendto(bytes([133]) + bytes(7), ("ff02::2", 0, 0, socket.if_nametoindex("eth0")))
+while (heard := asked.recv(1500))[0] != 134:
+    pass
+print(heard.hex())
+"""
+
+
+@pytest.mark.parametrize("config", ["dnsmasq/br0.conf", "adopting/instances.conf", "network/gateway.conf"])
+def test_no_configuration_gives_a_guest_a_name_that_others_look_for_services_by(bare, config):
+    shutil.copy(TOP / "instances-update.py", bare.sbin)
+    text = (EXAMPLES / config).read_text().replace("=gw0", "=br0")
+    if config == "adopting/instances.conf":  # what was there before it
+        text += "interface=br0\nexcept-interface=lo\nbind-interfaces\nno-ping\ndhcp-range=10.83.0.100,10.83.0.199\n"
+    (bare.etc / "dnsmasq.d" / "x.conf").write_text(text)
+    bare.shell("mkdir -p /var/lib/misc/instances.hosts.d; systemctl restart dnsmasq")
+    options = ("-xhostname:WPAD", "-xhostname:wpad.x", "-Fisatap.instance.internal", "-Flocalhost", "-xhostname:web.x")
+    names = []
+    for number, option in enumerate(options):
+        guest = bare.client(f"g{number}", f"10:66:6a:4c:a1:2{number}", wait=False)
+        guest.run("udhcpc", "-qfn", "-i", "eth0", "-s", "/bin/true", "-T", "1", option)
+        names.append(wait_for(lambda g=guest: bare.registry().get(g.mac), option)["name"])
+    assert names == ["", "", "", "", "web"]
+
+
+def test_br0_conf_tells_guests_the_servers_own_addresses_and_the_mtu(bare):
+    shutil.copy(TOP / "instances-update.py", bare.sbin)
+    bare.shell("mkdir -p /var/lib/misc/instances.hosts.d")
+    config = (EXAMPLES / "dnsmasq/br0.conf").read_text()
+    (bare.etc / "dnsmasq.d" / "br0.conf").write_text(
+        config.replace("#dhcp-option=option:mtu", "dhcp-option=option:mtu")
+    )
+    bare.shell("systemctl restart dnsmasq")
+    guest = bare.client("web", "10:66:6a:4c:a1:11")
+    guest.script.write_text(guest.script.read_text() + 'echo "servers ${new_dhcp6_name_servers-}" >>"$0.log"\n')
+    guest.dhcp4("web")
+    guest.dhcp6("web")
+    told = guest.events()
+    assert "mtu=1400" in told and "servers fd83:5eed::1 2001:67c:83::1" in told and not re.search("servers.*fe80", told)
+    advertisement = guest.run(sys.executable, "-c", SOLICITATION).stdout
+    assert re.search("1905.{12}fd835eed0{23}12001067c00830{19}1", advertisement)
 
 
 def test_nftables_page_loads_both_tables(machine):
