@@ -26,6 +26,7 @@ chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     apt-get update
     apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown udhcpc bind9 bind9-utils bind9-dnsutils openssl \
         ca-certificates systemd-resolved network-manager iproute2
+    apt-get install -y --no-install-recommends --download-only libnss-resolve
     $(printf '%s\n' "$installing" | grep -o 'apt-get install [^&]*' | sed 's/install/install --download-only/')
     openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=dns.example -addext 'subjectAltName=DNS:dns.example,IP:192.0.2.53' \
         -keyout /root/key.pem -out /usr/local/share/ca-certificates/dns.crt
@@ -91,6 +92,7 @@ follow() {
     run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $2"
 }
 domain=instance.internal
+page=$top/examples/adopting/README.md
 # guest_asks: the guest finds a name of ours, and another one
 guest_asks() {
     until_true 20 "$1: a guest's question for ours" sh -c "ip netns exec web dig +timeout=1 +short @10.83.0.1 host.$domain | grep -x 10.83.0.1"
@@ -132,6 +134,7 @@ guest_asks "systemd-resolved"
 # modes WHAT: in each mode of systemd-resolved
 modes() {
     for file in stub-resolv.conf resolv.conf; do
+        [ "$file" = stub-resolv.conf ] || run sh -c "$(grep -o '`apt-get install libnss[^`]*`' "$page" | tr -d '`')" >"$folder/log" 2>&1
         for mode in 'DNSSEC=no DNSOverTLS=no' 'DNSSEC=yes DNSOverTLS=no' 'DNSSEC=no DNSOverTLS=yes' 'DNSSEC=yes DNSOverTLS=yes'; do
             run sh -euc "printf '%s\n' '[Resolve]' $mode >/etc/systemd/resolved.conf.d/mode.conf
                 ln -sf /run/systemd/resolve/$file /etc/resolv.conf; systemctl reset-failed systemd-resolved dnsmasq
@@ -157,7 +160,6 @@ domain=instance.internal
 guest_asks "the former domain"
 not run getent hosts host.instance.internal || fail "the host still finds names"
 
-page=$top/examples/adopting/README.md
 step "with networkd"
 sed -n '/With networkd, write/,/With$/p' "$page" | grep -o '`[A-Z][^`]*=[^`]*`' | tr -d '`' >"$folder/lines"
 cat >"$root/etc/systemd/network/br0.network" <<END
