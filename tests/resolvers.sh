@@ -186,7 +186,8 @@ run sh -euc 'sed -i "/br0/,\$d" /etc/network/interfaces
     nmcli connection up br0; ip link set web master br0' >"$folder/log" 2>&1 || { cat "$folder/log" >&2; fail "NetworkManager"; }
 nmcli dns-over-tls
 modes "NetworkManager"
-run sh -euc 'systemctl --quiet disable --now systemd-resolved; rm /etc/resolv.conf
+# Its resolvconf would stand in the way, had it stayed.
+run sh -euc 'dpkg --purge libnss-resolve systemd-resolved; rm -f /etc/resolv.conf
     nmcli connection modify br0 ipv4.dns-search "" ipv4.dns 192.0.2.53; nmcli device reapply br0
     systemctl restart NetworkManager dnsmasq' >"$folder/log" 2>&1 || failed "NetworkManager alone"
 guest_asks "NetworkManager alone"
