@@ -334,6 +334,18 @@ def test_nftables_recipe_for_a_kernel_that_does_not_know_a_frames_bridge(machine
     assert "ibrname" not in machine.run("nft", "list", "ruleset").stdout
 
 
+def test_nftables_recipes_for_several_bridges(machine):
+    machine.run("ip", "link", "add", "br1", "type", "bridge")
+    machine.follow("examples/nftables/README.md", "--initialize br1")
+    assert {"host", "host-br1"} <= {instance["name"] for instance in machine.registry().values()}
+    machine.follow("examples/nftables/README.md", "misc.instances")
+    machine.shell("instances-process.py --force; nft -f examples/nftables/bridge.nft")
+    machine.shell("INSTANCES_BASE_ID=br1 instances-process.py --force; nft -f /etc/instances-br1/bridge.nft")
+    tables = {"bridge instances", "inet instances_group", "arp instances_group"}
+    tables |= {"bridge instances-br1", "inet instances-br1_group", "arp instances-br1_group"}
+    assert tables == {line.removeprefix("table ") for line in machine.run("nft", "list", "tables").stdout.splitlines()}
+
+
 def test_systemd_page_shows_a_rule_file_that_is_loaded(machine):
     (machine.etc / "instances" / "mine.nft").write_text(block("examples/systemd/README.md", "table inet mine"))
     machine.shell("instances-apply")
