@@ -7,6 +7,7 @@ usage: instances-update.py add|old MAC IP [HOSTNAME]            what dnsmasq tel
        instances-update.py --allow INSTANCE [IP|NETWORK ...]    what else it may send from, in place of what was allowed
        instances-update.py --remove INSTANCE                    remove an instance
        instances-update.py --edit                               edit a copy of the registry, and put it in place
+       instances-update.py --help | --version
 
 INSTANCE is a name or a MAC address. That of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
 The registry is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID].json, /var/lib/misc/instances.json by default.
