@@ -193,7 +193,7 @@ def label(registry, mac):
 
 def others(registry, mac, field, value):
     """Return the MAC addresses of the other instances that have an address, or a name in any case (RFC 4343)."""
-    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value.lower()]
+    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == str(value).lower()]
 
 
 def take(registry, mac, field, value):
@@ -298,7 +298,9 @@ def allow(registry, mac, *texts):
 
 
 def remove(registry, mac):
-    """Remove an instance; return as register does."""
+    """Remove an instance, if it is there; return as register does."""
+    if mac not in registry:
+        return "", []
     message = label(registry, mac) + ": removed"
     again = f"{mac} comes back if dnsmasq still has a lease of it: then run instances-release {mac}, and this again"
     return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
