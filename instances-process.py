@@ -349,7 +349,7 @@ chain instances_drop_rogue {
     exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } goto instances_reason_malformed
     # What nftables can't parse has no protocol and does not match; a client that reads raw frames may parse it.
     meta l4proto != 255 return
-    ether type { ip, ip6 } goto instances_reason_malformed
+    meta protocol { ip, ip6 } goto instances_reason_malformed
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
