@@ -1,8 +1,9 @@
 #!/bin/sh
 # usage: kernel.sh RELEASE...
 # Boots the kernel of each Debian release (bookworm, trixie) in qemu, with a root of that release made in a temporary folder,
-# and runs there, with br_netfilter at work: test_kernel.py, test_plain.py; of test_bridge.py what a registered guest does to others, but
-# for the tests of one field each and of a rogue server, which take long; and the one of ten guests that join at once.
+# and runs there, with br_netfilter at work: test_kernel.py and test_plain.py; of test_bridge.py what a registered guest does
+# to others, but for the tests of one field each and of a rogue server, which take long; and the one of ten guests that join
+# at once.
 # It needs no KVM. As root; it changes nothing outside of the folder. DEBIAN_ROOTS: see root.sh.
 # Exit status: 0 as expected, 1 not so, 77 can't be tried (1 with CI=true).
 # shellcheck disable=SC2154 # variables of root.sh
