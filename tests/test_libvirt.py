@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from conftest import lock_held
-from lab import EXAMPLES, HOST_MAC, environment
+from lab import EXAMPLES, HOST_MAC, environment, mounted
 from test_release import serve
 
 pytestmark = pytest.mark.slow
@@ -52,14 +52,15 @@ class Libvirt:
         self.registry.write_text(json.dumps(BEFORE))
         (self.folder / "virsh").write_text(VIRSH)
         (self.folder / "virsh").chmod(0o755)
+        (host.folder / "default").mkdir()
         serve(host)
         self.env = environment(host.base)
         self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
 
     def hook(self, *arguments, xml=""):
         """Run the hook, with no journal to write to; it ends well whatever happens. Return the registry's text."""
-        command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh", sys.executable]
-        command += [EXAMPLES / "libvirt" / "qemu", *arguments]
+        command = mounted({"/run": self.host.folder / "default", "/etc/default": self.host.folder / "default"})
+        command += [sys.executable, EXAMPLES / "libvirt" / "qemu", *arguments]
         result = self.host.run(*command, env=self.env, input=xml, check=False)
         assert (result.returncode, result.stdout) == (0, ""), result.stderr
         return self.registry.read_text()
@@ -100,6 +101,13 @@ def test_libvirt_example_names_all_interfaces_on_the_bridge_before_the_first_lea
 def test_libvirt_example_takes_no_name_from_others_and_gives_none_that_is_not_one(libvirt, name):
     found = libvirt.start(name, INTERFACE.format(THIRD, "br0", ""))
     assert found == names(json.dumps(BEFORE)) | {THIRD: ""}
+
+
+def test_libvirt_example_has_its_settings_from_the_file_since_libvirt_passes_no_variables(libvirt):
+    settings = libvirt.host.folder / "default" / "instances"
+    settings.write_text(f"# which\nINSTANCES_BASE_PATH='{libvirt.host.base}' # a registry\n")
+    del libvirt.env["INSTANCES_BASE_PATH"]
+    assert libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))[FIRST] == "box"
 
 
 def test_libvirt_example_puts_a_hyphen_for_what_no_name_in_dns_has(libvirt):
