@@ -189,6 +189,9 @@ FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains 
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
+VERSION = "1.0"
+
+
 def say(message, descriptor=2):
     """Write one line of printable ASCII, on standard error unless told otherwise."""
     line = ascii(f"{os.path.basename(sys.argv[0])}: {message}")[1:-1]
@@ -207,19 +210,11 @@ def base_path():
     return f"{path}-{suffix}" if suffix else path
 
 
-RANGES = (  # first, end, field; written out, since those of the module ipaddress change with Python
-    (b"\xfe\x80", b"\xfe\xc0", "ipv6_lla"),  # fe80::/10, RFC 4291, section 2.5.6
-    (b"\xfc", b"\xfe", "ipv6_ula"),  # fc00::/7, RFC 4193, section 3.1
-    (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
-    (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
-    (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
-)
-
-
 def is_mac(text):
-    """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
+    """Tell whether this is one station's Ethernet address as the registry has it: lower case, with colons."""
     digits = text.replace(":", "")
-    return len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
+    plain = len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
+    return plain and digits[1] in "02468ace"
 
 
 def is_name(text):
@@ -231,13 +226,18 @@ def is_name(text):
 def parse_address(text):
     """Return an address's field ("" if its kind has none) and RFC 5952 form. ValueError if it is no address."""
     try:
-        if ":" not in text:
-            inet_pton(AF_INET, text)
-            return "ipv4", text
-        packed = inet_pton(AF_INET6, text)
+        packed = inet_pton(AF_INET6 if ":" in text else AF_INET, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    field = next((field for first, end, field in RANGES if first <= packed < end), "")
+    if len(packed) == 4:
+        return "ipv4", text
+    first = packed.hex()  # written out, since what the module ipaddress says changes with Python
+    if "2" <= first < "4" and not first.startswith(
+        ("20010db8", "3fff0")
+    ):  # RFC 3587; documentation: RFC 3849, RFC 9637
+        field = "ipv6_gua"
+    else:  # RFC 4193, section 3.1; RFC 4291, section 2.5.6
+        field = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
     return field, inet_ntop(AF_INET6, packed)
 
 
@@ -245,13 +245,16 @@ def parse_allowed(text):
     """Return an address or network to be allowed as a network of the module ipaddress. ValueError if it must not be."""
     import ipaddress
 
+    network = ipaddress.ip_network(text)
     if "%" in text:
         raise ValueError(f"{text}: an address without a zone, please")
-    network = ipaddress.ip_network(text)
-    # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
-    for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
-        if network.overlaps(ipaddress.ip_network(never)):
-            raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
+    if not network.prefixlen:
+        raise ValueError(f"{text}: can't be allowed: a port that leads to a router is an uplink in bridge.nft")
+    # Unspecified, of the host itself, link-local, multicast, broadcast: RFC 6890, section 2.2; RFC 4291, section 2.4
+    never = ["0.0.0.0/32", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32"]
+    for other in [*never, "::/127", "fe80::/10", "ff00::/8"]:
+        if network.overlaps(ipaddress.ip_network(other)):
+            raise ValueError(f"{text}: has addresses of {other}, which can't be a guest's")
     return network
 
 
@@ -266,8 +269,8 @@ def locked(base):
     return FileLock(base + ".lock", timeout=10).acquire()
 
 
-def read_registry(path):
-    """Return the registry, empty where there is no file. ValueError if it is not an object of objects."""
+def read_registry(path, lenient=False):
+    """Return the registry, {} where there is no file. ValueError if it is no object of objects; if lenient, {}."""
     import json
 
     try:
@@ -279,6 +282,8 @@ def read_registry(path):
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
+        if lenient:
+            return {}
         raise ValueError(f"{path}: mend it or move it away: {error}") from None
 
 
@@ -326,10 +331,13 @@ def run(main):
     """Return main's exit status; an error becomes one line and the status 1."""
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
+        if sys.argv[1:] == ["--version"]:
+            return os.write(1, f"{os.path.basename(sys.argv[0])} {VERSION}\n".encode()) and 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
-        say(f"error: {str(error) or 'interrupted'}")
+        root = ": run it as root" if isinstance(error, PermissionError) and os.geteuid() else ""
+        say(f"error: {str(error) or 'interrupted'}{root}")
         return 1
 
 
