@@ -54,6 +54,9 @@ def test_lease_is_ended_in_whatever_file_dnsmasq_has_it(host):
     ended, result = release(host, OLD.upper(), OTHER)
     assert (ended, result.returncode, result.stderr) == ([OLD, OTHER], 0, "")
     assert WEB in file.read_text() and OLD not in file.read_text()
+    host.update("add", WEB, "10.83.0.111", "web")
+    assert release(host, "nobody")[1].stderr == "instances-release: error: nobody: no such instance\n"
+    assert release(host, "Web")[0] == [WEB] and file.read_text() == ""
 
 
 def test_lease_is_ended_on_the_bridge_that_it_is_of(host):
@@ -100,7 +103,7 @@ def test_lease_that_dnsmasq_does_not_end_is_named(host):
 @pytest.mark.parametrize("arguments", [(), ("web x",), ("--help",)])
 def test_release_refuses_what_is_no_mac_address(host, arguments):
     result = release(host, *arguments)[1]
-    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+    assert result.returncode == 2 and result.stderr.startswith("usage: "), result.stderr
 
 
 @pytest.fixture
