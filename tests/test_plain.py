@@ -7,7 +7,6 @@ from conftest import PROGRAMS, need
 from lab import EXAMPLES, Host, block, has_ibrname, wait_for
 
 pytestmark = pytest.mark.slow
-PAGE = "examples/plain/README.md"
 PORTS = {"lxc-web": "10:66:6a:00:00:21", "vb-db": "10:66:6a:00:00:22", "vm-mail": "10:66:6a:00:00:23"}
 
 
@@ -64,7 +63,7 @@ def test_bridge_holds_a_locked_port_to_its_mac_address(guests, host):
     wait_for(lambda: reaches(mail, db), "before it is locked")
     become(mail, mail.mac)
     wait_for(lambda: reaches(mail, db), "before it is locked")
-    host.run("sh", "-euc", block(PAGE, "locked on"))
+    host.run("sh", "-euc", block("examples/plain/README.md", "locked on"))
     wait_for(lambda: reaches(mail, web, db), "its own MAC address")
     for mac in (before, web.mac, host.mac):
         become(mail, mac)
