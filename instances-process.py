@@ -231,14 +231,12 @@ def parse_address(text):
         raise ValueError(f"{text}: not an IP address") from None
     if len(packed) == 4:
         return "ipv4", text
-    first = packed.hex()  # written out, since what the module ipaddress says changes with Python
-    if "2" <= first < "4" and not first.startswith(
-        ("20010db8", "3fff0")
-    ):  # RFC 3587; documentation: RFC 3849, RFC 9637
-        field = "ipv6_gua"
-    else:  # RFC 4193, section 3.1; RFC 4291, section 2.5.6
-        field = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
-    return field, inet_ntop(AF_INET6, packed)
+    # RFC 3587; documentation: RFC 3849, RFC 9637; RFC 4193, section 3.1; RFC 4291, section 2.5.6. Written out, since
+    # what the module ipaddress says changes with Python
+    first = packed.hex()
+    gua = "2" <= first < "4" and not first.startswith(("20010db8", "3fff0"))
+    other = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
+    return "ipv6_gua" if gua else other, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
@@ -332,7 +330,7 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         if sys.argv[1:] == ["--version"]:
-            return os.write(1, f"{os.path.basename(sys.argv[0])} {VERSION}\n".encode()) and 0
+            return say(VERSION, 1) or 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:

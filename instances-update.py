@@ -67,14 +67,12 @@ def parse_address(text):
         raise ValueError(f"{text}: not an IP address") from None
     if len(packed) == 4:
         return "ipv4", text
-    first = packed.hex()  # written out, since what the module ipaddress says changes with Python
-    if "2" <= first < "4" and not first.startswith(
-        ("20010db8", "3fff0")
-    ):  # RFC 3587; documentation: RFC 3849, RFC 9637
-        field = "ipv6_gua"
-    else:  # RFC 4193, section 3.1; RFC 4291, section 2.5.6
-        field = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
-    return field, inet_ntop(AF_INET6, packed)
+    # RFC 3587; documentation: RFC 3849, RFC 9637; RFC 4193, section 3.1; RFC 4291, section 2.5.6. Written out, since
+    # what the module ipaddress says changes with Python
+    first = packed.hex()
+    gua = "2" <= first < "4" and not first.startswith(("20010db8", "3fff0"))
+    other = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
+    return "ipv6_gua" if gua else other, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
@@ -168,7 +166,7 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         if sys.argv[1:] == ["--version"]:
-            return os.write(1, f"{os.path.basename(sys.argv[0])} {VERSION}\n".encode()) and 0
+            return say(VERSION, 1) or 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
@@ -216,17 +214,15 @@ def is_in(address, networks):
             if ip_address(address) in ip_network(network):
                 return True
         except (TypeError, ValueError):
-            pass
-    return False
+            continue
 
 
 def register(registry, mac, ip, hostname, kind, keepers=()):
     """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error.
 
-    The kind is "by hand", "add", "old" or "reminder". By hand, an address is taken from whoever has it, and a known
-    instance stays without a name. Of dnsmasq's, only an "add" of IPv4 says that a former lease of the address is over:
-    by DHCPv6 Rebind it gives anybody any address of the prefix, and by another's DUID anybody can end a lease. An "old"
-    comes for that, too, and a reminder may be of a lease before the last. What others keep or are allowed stays theirs.
+    The kind is "by hand", "add", "old" or "reminder", which may be of a lease before the last. By hand, an address is
+    taken from whoever has it. Of dnsmasq's, only an "add" of IPv4 says that a former lease of the address is over: by
+    DHCPv6 Rebind it gives anybody any address of the prefix, and by another's DUID anybody can end a lease.
     """
     field, address = parse_address(ip)
     changes, warnings = [], []
@@ -240,24 +236,22 @@ def register(registry, mac, ip, hostname, kind, keepers=()):
             changes = changes or ["named"]
         elif changes:
             warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
-    old, holders = instance.get(field) or address, others(registry, mac, field, address)
+    old, holders = instance.get(field), others(registry, mac, field, address)
     if kind != "by hand":
         kept = [m for m, i in registry.items() if m != mac and i.get("allowed") and is_in(address, i["allowed"])]
         kept += holders if kind != "add" or field != "ipv4" else []
         keepers = [*keepers, *(label(registry, other) for other in kept)]
     if field not in LEASED and address != instance.get("ipv6_lla"):  # with its own, a guest is entered before its lease
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
-    elif instance.get(field) == address and not holders:
-        pass
-    elif keepers:
+    elif keepers and (holders or old != address):
         warnings.append(f"{mac}: {address} is not registered, {keepers[0]} has it")
-    elif kind == "reminder" and old != address:
+    elif kind == "reminder" and old and old != address:
         warnings.append(f"{mac} keeps {old}: {address} is not registered")
-    else:
+    elif holders or old != address:
         instance[field] = address
-        before = f" in place of {old}" if old != address else ""
+        before = f" in place of {old}" if old and old != address else ""
         changes.append(f"{field} {address}{before}{take(registry, mac, field, address)}")
-    return f"{label(registry, mac)}: {', '.join(changes)}" if changes else "", warnings
+    return label(registry, mac) + ": " + ", ".join(changes) if changes else "", warnings
 
 
 def initialize(registry, mac, fields):
@@ -268,7 +262,7 @@ def initialize(registry, mac, fields):
     own += [(parse_address(address)[0], address) for address in fields.get("allowed", [])]
     taken = [value + taken for field, value in own if (taken := take(registry, mac, field, value))]
     changed = taken or registry[mac] != old
-    return f"{label(registry, mac)}: {', '.join(['initialized', *taken])}" if changed else "", []
+    return label(registry, mac) + ": " + ", ".join(["initialized", *taken]) if changed else "", []
 
 
 def change_instance(registry, change, text, *arguments):
@@ -289,20 +283,20 @@ def rename(registry, mac, name):
 
 def allow(registry, mac, *texts):
     """Let an instance send from these addresses and networks, and no longer from others; return as register does."""
-    networks = sorted({parse_allowed(text) for text in texts}, key=lambda network: (network.version, network))
-    for network in networks:
-        for other, field in ((other, field) for other in registry for field in LEASED if other != mac):
-            if is_in(registry[other].get(field), [network]):
-                raise ValueError(f"{network}: {label(registry, other)} has {registry[other][field]}")
+    networks = sorted({parse_allowed(text) for text in texts}, key=lambda n: (n.version, n))
+    for other, instance in registry.items():
+        for address in map(instance.get, LEASED):
+            if other != mac and is_in(address, networks):
+                raise ValueError(f"{' '.join(texts)}: {label(registry, other)} has {address}")
     new = [str(n.network_address if n.num_addresses == 1 else n) for n in networks]
     old = registry[mac].pop("allowed", [])
     registry[mac] |= {"allowed": new} if new else {}
-    return f"{label(registry, mac)}: allowed {', '.join(new) or 'nothing more'}" if new != old else "", []
+    return label(registry, mac) + ": allowed " + (", ".join(new) or "nothing more") if new != old else "", []
 
 
 def remove(registry, mac):
     """Remove an instance; return as register does."""
-    message = f"{label(registry, mac)}: removed"
+    message = label(registry, mac) + ": removed"
     again = f"{mac} comes back if dnsmasq has a lease of it: run instances-release before --remove"
     return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
 
@@ -311,10 +305,13 @@ def put(registry, before, edited, copy):
     """Put in place what was edited; return as register does. ValueError if somebody else has changed that, too."""
     macs = [mac for mac in before | edited if before.get(mac) != edited.get(mac)]
     for mac in macs:
-        if registry.pop(mac, None) != before.get(mac):
+        if registry.get(mac) != before.get(mac):
             raise ValueError(f"{mac} was changed meanwhile: your edit is not put in place, and stays in {copy}")
-        registry |= {mac: edited[mac]} if mac in edited else {}
-    return ", ".join(macs) and f"{', '.join(macs)}: edited", []
+        if mac in edited:
+            registry[mac] = edited[mac]
+        else:
+            del registry[mac]
+    return ", ".join(macs) + ": edited" if macs else "", []
 
 
 def registry_text(registry):
@@ -325,11 +322,9 @@ def registry_text(registry):
 
 
 def is_registered(text, mac, field, address, hostname):
-    """Tell, without parsing a registry's JSON (bytes), whether a lease would change nothing.
-
-    Found as json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is indented evenly
-    only an instance begins with two spaces and has its fields behind four.
-    """
+    """Tell, without parsing a registry's JSON (bytes), whether a lease would change nothing."""
+    # As json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is indented evenly
+    # only an instance begins with two spaces and has its fields behind four
     start = text.rfind(f'\n  "{mac}": {{\n'.encode())  # the last: of two with one key, JSON has that one
     instance = text[start : text.find(b"\n  }", start) + 1]  # empty if there is none
     line = f'\n    "{field}": "{address}"'.encode()
@@ -353,31 +348,27 @@ def interface_fields(interface):
     if link.get("link_type") != "ether":
         raise ValueError(f"{interface}: {result.stderr.strip() or 'has no Ethernet address'}")
     fields, further = {}, set()
-    for entry in link["addr_info"]:
+    for entry in (entry for entry in link["addr_info"] if not entry.get("temporary")):
         field, address = parse_address(entry["local"])
-        if field and not entry.get("deprecated") and not entry.get("temporary") and field not in fields:
-            fields[field] = address  # the first: a primary one
-            if field in ("ipv6_gua", "ipv6_ula") and entry["prefixlen"] <= 64:
-                prefix = f"{interface} has {address}/{entry['prefixlen']}"
-                say(f"warning: {prefix}: what guests make of a prefix of 64 or fewer bits by SLAAC is not registered")
-        elif field in LEASED and not entry.get("temporary") and not address.startswith("169.254."):
+        if field and not entry.get("deprecated"):
+            fields.setdefault(field, address)  # the first: a primary one
+        if field in LEASED and not address.startswith("169.254."):
             further.add(address)
     fields.setdefault("ipv6_lla", link_local(link["address"]))  # a bridge without a port has none yet
-    if further - set(fields.values()):
+    if further := further - {*fields.values()}:
         fields["allowed"] = sorted(further, key=lambda a: (":" in a, inet_pton(AF_INET6 if ":" in a else AF_INET, a)))
     return link["address"], fields
 
 
 def is_own(address):
     """Tell whether this host has an address now, registered or not."""
+    entry = inet_pton(AF_INET6, address).hex() if ":" in address else f"|-- {address}\n"
     try:
         with open("/proc/net/if_inet6" if ":" in address else "/proc/net/fib_trie") as file:
-            text = file.read()
-    except OSError:  # no IPv6 here, or AppArmor
+            found = file.read().split(entry)[1:]
+    except OSError:  # a host without IPv6, or AppArmor
         return False
-    if ":" in address:
-        return inet_pton(AF_INET6, address).hex() in text
-    return any("/32 host LOCAL" in part.partition("|--")[0] for part in text.split(f"|-- {address}\n")[1:])
+    return any(":" in address or "/32 host LOCAL" in after.partition("|--")[0] for after in found)
 
 
 def version(path):
@@ -389,10 +380,9 @@ def version(path):
 def change_registry(change, follower=False):
     """Change the registry by change(registry) and make the marker; return what change returned.
 
-    Programs in examples load this file for it. change(registry) changes the registry in place, and nothing else, and
-    returns a pair: what it changed (false: nothing, and nothing is written) and warnings. It is called without the
-    lock, so that who changes nothing waits for nobody, and again under the lock if somebody was faster. ValueError on a
-    host that follows another, but for the follower itself, which replaces also what is no registry.
+    That is what it changed, in place (false: nothing, and nothing is written), and warnings. It is called without the
+    lock, so that who changes nothing waits for nobody, and again under it if somebody was faster. ValueError on a host
+    that follows another, but for the follower itself, which replaces also what is no registry.
     """
     base = base_path()
     path, follows = base + ".json", base + ".follows"
@@ -416,16 +406,15 @@ def report(change, *arguments):
     """Change the registry by change(registry, *arguments), and say what changed; return the exit status."""
     message, warnings = change_registry(lambda registry: change(registry, *arguments))
     for warning in warnings:
-        say(f"warning: {warning}")
-    if message:
-        say(message, 1)
-    return 0
+        say("warning: " + warning)
+    return say(message, 1) or 0 if message else 0
 
 
 def edit():
     """Have a copy of the registry edited, and put in place what was edited of it; return the exit status."""
     path = base_path() + ".json"
     before, copy = read_registry(path), f"{path}.{os.stat(path).st_mtime_ns}"
+    os.umask(0o177)  # the registry may be for root's eyes only
     if not os.path.exists(copy):  # or else it is of an edit of the same registry that could not be put in place
         replace_file(copy, registry_text(before))
     if status := os.spawnlp(os.P_WAIT, "sh", "sh", "-c", '${EDITOR:-vi} "$0"', copy):
@@ -446,22 +435,20 @@ def lease(action, mac, ip, hostname="", *_):
             return 0
     mac = mac.lower()
     field, address = parse_address(ip)
-    if not by_hand and hostname.lower() in SERVICES:
-        hostname = ""
+    name = hostname if by_hand or hostname.lower() not in SERVICES else ""
     path = base_path() + ".json"
     if os.path.exists(path):
         with open(path, "rb") as file:  # always whole, so without the lock
-            if is_registered(file.read(), mac, field, address, "" if by_hand else hostname):
+            if is_registered(file.read(), mac, field, address, "" if by_hand else name):
                 return 0
     if not is_mac(mac):
         raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
+    if by_hand and field == "ipv4":
+        parse_allowed(address)
     # Data are missing where no message of the client's is behind it: at a renewal, a SIGHUP, a restart
     kind = "reminder" if action == "old" and os.environ.get("DNSMASQ_DATA_MISSING") else action
-    if by_hand:
-        if field == "ipv4":
-            parse_allowed(address)
-        return report(register, mac, address, hostname, "by hand")
-    return report(register, mac, address, hostname, kind, ["this host"] if is_own(address) else [])
+    keepers = ["this host"] if not by_hand and is_own(address) else []
+    return report(register, mac, address, name, "by hand" if by_hand else kind, keepers)
 
 
 def main(arguments):
@@ -482,9 +469,9 @@ def main(arguments):
         case ["--help" | "-h" | "help", *_]:
             os.write(1, __doc__.partition("\n\n")[2].encode())
             return 0
-        case [action, *_] if (
-            action not in ("add", "old") and action[:1] != "-" and (action in IGNORED or not os.isatty(2))
-        ):
+        case ["add" | "old", *_]:
+            pass
+        case [action, *_] if action in IGNORED or action[:1] != "-" and not os.isatty(2):
             return 0
     say(f"error: {' '.join(arguments) or 'nothing'}: no action with its arguments: see --help")
     return 2

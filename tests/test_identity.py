@@ -127,14 +127,19 @@ FORGED = {  # what the registry itself does not believe, as dnsmasq does
 }
 
 
+def credulous(script):
+    """Write a copy of our script that believes all that dnsmasq tells it."""
+    text, count = re.subn('elif (keepers|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
+    assert count == 2
+    script.write_text(text)
+    script.chmod(0o755)
+
+
 @pytest.mark.parametrize("who", ATTACKERS)
 @pytest.mark.parametrize("attack", FORGED)
 def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     attacker, script = getattr(bridge, who), bridge.host.folder / "credulous.py"
-    text, count = re.subn('elif (holders|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
-    assert count == 2
-    script.write_text(text)
-    script.chmod(0o755)
+    credulous(script)
     frames = solicitation(attacker, 133), FORGED[attack](bridge, attacker)
     for believed in (script, UPDATE):
         bridge.reset(script=believed)
@@ -146,6 +151,51 @@ def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
     assert not bridge.harm(attacker)
     bridge.victim_is_well()
+
+
+FURTHER = ["2001:67c:83::53", "fd83:5eed::53"]
+
+
+@pytest.mark.parametrize("whose", ["host", "host, initialized", "victim"])
+def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is_not_registered(bridge, whose):
+    attacker, host, script = bridge.unregistered, bridge.host, bridge.host.folder / "credulous.py"
+    credulous(script)
+
+    def given():
+        return {*FURTHER} & {*map(str, host.registry().get(attacker.mac, {}).values())}
+
+    for address in FURTHER if "host" in whose else []:
+        host.run("ip", "address", "add", f"{address}/80", "dev", "br0", "nodad", "preferred_lft", "0")
+    try:
+        for believed in (script, UPDATE):
+            bridge.reset(script=believed)
+            if whose == "host, initialized":
+                host.update("--initialize", "br0", "host")
+            elif whose == "victim":
+                host.update("--allow", "victim", *FURTHER)
+            bridge.settle()
+            attacker.send(bytes(solicitation(attacker, 133)))
+            wait_for(lambda: host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
+            rebind = dhcp6(bridge, attacker, scapy.DHCP6_Rebind, duid=own_duid(attacker), addresses=FURTHER)
+            attacker.send(bytes(rebind))
+            if believed == script:
+                wait_for(lambda: len(given()) == 2, "both addresses")
+        wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
+        assert not given()
+        bridge.victim_is_well()
+    finally:
+        for address in FURTHER:
+            host.run("ip", "address", "del", f"{address}/80", "dev", "br0", check=False)
+
+
+@pytest.mark.parametrize("name", [b"wpad", b"WPAD.x", b"isatap.instance.internal", b"localhost.localdomain"])
+def test_name_that_programs_look_for_is_given_to_nobody_in_any_spelling(bridge, name):
+    attacker = bridge.unregistered
+    bridge.reset()
+    options = ("server_id", HOST4), ("requested_addr", "10.83.0.161"), ("hostname", name)
+    attacker.send(bytes(bootp(attacker, "request", *options)))
+    wait_for(lambda: "10.83.0.161" in bridge.host.registry().get(attacker.mac, {}).values(), "its lease")
+    assert bridge.host.registry()[attacker.mac]["name"] == ""
 
 
 def test_address_whose_lease_was_ended_by_another_is_not_registered(bridge):
