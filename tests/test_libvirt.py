@@ -52,14 +52,14 @@ class Libvirt:
         self.registry.write_text(json.dumps(BEFORE))
         (self.folder / "virsh").write_text(VIRSH)
         (self.folder / "virsh").chmod(0o755)
-        (host.folder / "default").mkdir()
+        (host.folder / "default" / "libvirt" / "qemu").mkdir(parents=True)
         serve(host)
         self.env = environment(host.base)
         self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
 
     def hook(self, *arguments, xml=""):
         """Run the hook, with no journal to write to; it ends well whatever happens. Return the registry's text."""
-        command = mounted({"/run": self.host.folder / "default", "/etc/default": self.host.folder / "default"})
+        command = mounted(dict.fromkeys(["/run", "/etc/default", "/var/log"], self.host.folder / "default"))
         command += [sys.executable, EXAMPLES / "libvirt" / "qemu", *arguments]
         result = self.host.run(*command, env=self.env, input=xml, check=False)
         assert (result.returncode, result.stdout) == (0, ""), result.stderr
@@ -183,14 +183,24 @@ def test_libvirt_example_changes_nothing_on_a_host_that_follows_another(libvirt)
     assert SECOND not in libvirt.compare()
 
 
-def test_libvirt_example_keeps_a_domain_that_has_moved_to_another_host(libvirt):
-    """Here, libvirt does not know it any more."""
+MOVED = "starting up\nshutting down, reason=migrated\nterminating on signal 15\n"
+
+
+@pytest.mark.parametrize(
+    ("reason", "log", "stays"),
+    [
+        ("migrated", "", True),
+        ("-", MOVED, True),
+        ("shutdown", "", False),
+        ("-", f"{MOVED}starting up\nshutting down, reason=destroyed\n", False),
+    ],
+)
+def test_libvirt_example_keeps_a_domain_that_has_moved_to_another_host(libvirt, reason, log, stays):
+    """Here, libvirt does not know it any more, as after it was undefined."""
+    (libvirt.host.folder / "default" / "libvirt" / "qemu" / "box.log").write_text(log)
     libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
-    libvirt.hook("box", "release", "end", "migrated", xml=domain("box"))
-    assert libvirt.compare(f"{OTHER_UUID}\n")[FIRST] == "box"
-    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
-    libvirt.hook("box", "release", "end", "shutdown", xml=domain("box"))
-    assert FIRST not in libvirt.compare(f"{OTHER_UUID}\n")
+    libvirt.hook("box", "release", "end", reason, xml=domain("box"))
+    assert (FIRST in libvirt.compare(f"{OTHER_UUID}\n")) == stays
 
 
 def test_libvirt_example_compares_with_the_libvirts_of_all_hosts(libvirt):
