@@ -41,7 +41,7 @@ def compare():
 def domains():
     before = set(registry())
     define("a", "my vm", FIRST)
-    until("a lease", lambda: "" if "ipv4" in registry()[FIRST] else "none")
+    until("a lease", lambda: "" if "ipv4" in registry()[FIRST] else "none", 240)
     entry = registry()[FIRST]
     assert entry["name"] == "my-vm", entry
     migrate("my vm", "a", "b", "--undefinesource")

@@ -81,7 +81,7 @@ def main():
     bridge()
     machine = guests()
     for port, mac in PORTS.items():
-        until(f"a lease of {port}", lambda m=mac: "" if "ipv4" in registry().get(m, {}) else "none")
+        until(f"a lease of {port}", lambda m=mac: "" if "ipv4" in registry().get(m, {}) else "none", 240)
         assert "master br0" in run("ip", "link", "show", port)
     print("  leases of a guest of each kind", flush=True)
     follow("examples/plain/README.md", "cp ports.nft")
