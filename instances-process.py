@@ -330,7 +330,8 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         if sys.argv[1:] == ["--version"]:
-            return say(VERSION, 1) or 0
+            say(VERSION, 1)
+            return 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:

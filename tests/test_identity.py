@@ -153,49 +153,51 @@ def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     bridge.victim_is_well()
 
 
-FURTHER = ["2001:67c:83::53", "fd83:5eed::53"]
-
-
-@pytest.mark.parametrize("whose", ["host", "host, initialized", "victim"])
-def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is_not_registered(bridge, whose):
+def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is_not_registered(bridge):
     attacker, host, script = bridge.unregistered, bridge.host, bridge.host.folder / "credulous.py"
+    registered, new, allowed = ([f"2001:67c:83::5{n}", f"fd83:5eed::5{n}"] for n in (3, 4, 5))
+    wanted = {*registered, *new, *allowed}
     credulous(script)
 
     def given():
-        return {*FURTHER} & {*map(str, host.registry().get(attacker.mac, {}).values())}
+        return wanted & {*host.registry().get(attacker.mac, {}).values()}
 
-    for address in FURTHER if "host" in whose else []:
-        host.run("ip", "address", "add", f"{address}/80", "dev", "br0", "nodad", "preferred_lft", "0")
     try:
         for believed in (script, UPDATE):
             bridge.reset(script=believed)
-            if whose == "host, initialized":
-                host.update("--initialize", "br0", "host")
-            elif whose == "victim":
-                host.update("--allow", "victim", *FURTHER)
+            for address in registered + new:
+                host.run("ip", "address", "replace", f"{address}/80", "dev", "br0", "nodad", "preferred_lft", "0")
+                if address == registered[-1]:
+                    host.update("--initialize", "br0", "host")
+            host.update("--allow", "victim", *allowed)
             bridge.settle()
             attacker.send(bytes(solicitation(attacker, 133)))
             wait_for(lambda: host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
-            rebind = dhcp6(bridge, attacker, scapy.DHCP6_Rebind, duid=own_duid(attacker), addresses=FURTHER)
+            rebind = dhcp6(bridge, attacker, scapy.DHCP6_Rebind, duid=own_duid(attacker), addresses=[*wanted])
             attacker.send(bytes(rebind))
             if believed == script:
-                wait_for(lambda: len(given()) == 2, "both addresses")
-        wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
-        assert not given()
+                wait_for(lambda: len(given()) == 2, "addresses of both kinds")
+        wait_for(lambda: bridge.log().count("has it") == len(wanted), "all of them told")
+        assert bridge.log().count("this host has it") == 4 and not given()
         bridge.victim_is_well()
     finally:
-        for address in FURTHER:
+        for address in registered + new:
             host.run("ip", "address", "del", f"{address}/80", "dev", "br0", check=False)
 
 
-@pytest.mark.parametrize("name", [b"wpad", b"WPAD.x", b"isatap.instance.internal", b"localhost.localdomain"])
-def test_name_that_programs_look_for_is_given_to_nobody_in_any_spelling(bridge, name):
-    attacker = bridge.unregistered
+def test_name_that_programs_look_for_is_given_to_nobody_in_any_spelling(bridge):
+    names = [b"wpad", b"WPAD.x", b"isatap.instance.internal", b"localhost.localdomain", b"other.x"]
     bridge.reset()
-    options = ("server_id", HOST4), ("requested_addr", "10.83.0.161"), ("hostname", name)
-    attacker.send(bytes(bootp(attacker, "request", *options)))
-    wait_for(lambda: "10.83.0.161" in bridge.host.registry().get(attacker.mac, {}).values(), "its lease")
-    assert bridge.host.registry()[attacker.mac]["name"] == ""
+    for number, name in enumerate(names):
+        guest = SimpleNamespace(mac=f"10:66:6a:4c:e1:0{number}")
+        options = ("server_id", HOST4), ("requested_addr", f"10.83.0.16{number}"), ("hostname", name)
+        bridge.unregistered.send(bytes(bootp(guest, "request", *options)))
+
+    def named():
+        return [i["name"] for m, i in sorted(bridge.host.registry().items()) if m.startswith("10:66:6a:4c:e1:")]
+
+    wait_for(lambda: len(named()) == len(names), "their leases")
+    assert named() == ["", "", "", "", "other"]
 
 
 def test_address_whose_lease_was_ended_by_another_is_not_registered(bridge):
