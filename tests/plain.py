@@ -32,7 +32,7 @@ def is_there():
 
 def bridge():
     """The bridge by ifupdown, then by networkd, in place of the one that is there."""
-    Path("/etc/network/interfaces").write_text("auto lo\niface lo inet loopback\n")
+    Path("/etc/network/interfaces").write_text("source /etc/network/interfaces.d/*\nauto lo\niface lo inet loopback\n")
     run("ip", "link", "delete", "br0")
     follow("examples/plain/README.md", "ifup br0")
     assert is_there()
