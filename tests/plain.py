@@ -32,6 +32,7 @@ def is_there():
 
 def bridge():
     """The bridge by ifupdown, then by networkd, in place of the one that is there."""
+    run("ifdown", "br0")
     Path("/etc/network/interfaces").write_text("source /etc/network/interfaces.d/*\nauto lo\niface lo inet loopback\n")
     run("ip", "link", "delete", "br0")
     follow("examples/plain/README.md", "ifup br0")
