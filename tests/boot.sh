@@ -226,7 +226,7 @@ until_true 20 "the other guard" sh -c 'nft list table bridge instances-br1 | gre
 run ip netns exec other udhcpc -f -q -n -i eth0 -s /bin/true -T 1 -t 20 -x hostname:web >/dev/null 2>&1 || fail "its guest"
 until_true 5 "the other guest's name" sh -c 'busybox nslookup web.instance.internal 10.84.0.1 | grep -q "10\.84\.0\.1[0-9][0-9]$"'
 until_true 5 "its guard" sh -c 'nft list table bridge instances-br1 | grep -q 10:66:6a:4c:a1:21'
-not run sh -c 'nft list table bridge instances | grep -q 10:66:6a:4c:a1:21' || fail "the first guard has its guest"
+not run sh -c 'nft list set bridge instances instances_ip | grep -q 10:66:6a:4c:a1:21' || fail "the first guard has its guest"
 run sh -c "$guard && $name" || fail "the first registry is not as it was"
 works
 not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for each other"

@@ -114,8 +114,10 @@ def test_nftables_example_drops_tags_and_other_protocols(applied, tag):
         return json.loads(counters)[0]["stats64"]["rx"]["packets"]
 
     def dropped():
-        listing = host.run("nft", "list", "table", "bridge", "instances").stdout
-        return int(re.search(rf'packets (\d+) .*"{tag}"', listing)[1])
+        listing = host.run("nft", "list", "set", "bridge", "instances", "instances_dropped").stdout
+        return sum(
+            int(count) for count in re.findall(rf'{client.mac} \. "other protocol" counter packets (\d+)', listing)
+        )
 
     before = received()
     client.send(*5 * [bytes.fromhex(frame)])
@@ -253,7 +255,9 @@ def test_rule_file_that_is_edited_added_or_taken_away(applied):
     applied.apply()
     applied.host.run("nft", "add", "table", "inet", "mine")
     bridge = applied.rules / "bridge.nft"
-    bridge.write_text(bridge.read_text().replace("VLAN tag", "edited"))
+    bridge.write_text(
+        bridge.read_text().replace("goto instances_guard", 'counter goto instances_guard comment "edited"')
+    )
     applied.apply()
     assert '"edited"' in applied.ruleset()
     added = applied.write("added.nft", replacing("inet added", "chain a { counter; }"))
@@ -394,9 +398,9 @@ def test_second_rule_file_of_a_table_is_refused(applied):
     [
         "flush ruleset",
         "flush table bridge instances",
-        "flush chain bridge instances guard",
+        "flush chain bridge instances at_prerouting",
         "delete table bridge instances",
-        "add rule bridge instances guard accept",
+        "add rule bridge instances at_prerouting accept",
         "add chain bridge instances more { type filter hook forward priority 1; policy drop; }",
     ],
 )
@@ -531,7 +535,7 @@ def test_what_sets_learned_outlives_an_update_and_not_an_edit(applied, by):
     if by == "a load":  # of an interval
         applied.host.update("--allow", WEB[0], "10.99.0.0/24")
     if by == "an edit":
-        bridge.write_text(bridge.read_text().replace("other protocol", "edited"))
+        bridge.write_text(bridge.read_text() + "table bridge more\ndelete table bridge more\n")
     assert ("bridge.nft: loaded" in applied.apply().stderr) == (by != "elements")
     assert ("10:66:6a:4c:a1:99" in applied.ruleset()) == (by != "an edit")
     assert ("10.83.0.66" in applied.ruleset()) == (by == "elements"), "which has nothing to do with it"
@@ -654,7 +658,7 @@ def test_tables_of_others_that_nft_cannot_list_keep_nothing_out(applied):
     applied.host.update("add", *WEB)
     applied.apply()
     assert "10.83.0.11" in applied.ruleset()
-    applied.host.run("nft", "add rule bridge instances guard accept")
+    applied.host.run("nft", "add rule bridge instances at_prerouting accept")
     assert "bridge.nft: loaded" in applied.apply().stderr and applied.apply().stderr == ""
 
 
@@ -803,10 +807,7 @@ class Etc(Applied):
         self.write_settings(INSTANCES_RULES=str(rules), INSTANCES_ADDRESS_SETS="host,web", **more)
         self.settings.rename(self.etc / "default" / name)
         guard = self.host.example("nftables/bridge.nft").read_text().replace("/instances.nft", f"/{name}.nft")
-        (rules / "bridge.nft").write_text(re.sub(r"\bbridge instances\b", f"bridge {name}", guard))
-        if more:
-            text = (rules / "bridge.nft").read_text().replace("instances_group", "instances_group-br1")
-            (rules / "bridge.nft").write_text(text.replace("instances_asked", "instances_asked-br1"))
+        (rules / "bridge.nft").write_text(re.sub("(bridge|inet|arp) instances", rf"\1 {name}", guard))
 
     def apply(self, *arguments: str, check: bool = True, **options) -> subprocess.CompletedProcess:
         (self.host.folder / "run").mkdir(exist_ok=True)
