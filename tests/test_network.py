@@ -647,6 +647,49 @@ def test_new_writer_begins_with_the_registry_of_the_others(followers):
     wait_for(lambda: not Path(f"{a.base}.follows").exists() and Path(f"{b.base}.follows").exists(), "the former writer")
 
 
+def add_one(followers, mac, address):
+    """Have a guest entered on the writer's host, and wait until all have it."""
+    followers.hosts[0].update("add", mac, address)
+    wait_for(lambda: equal(followers) and mac in followers.hosts[1].registry(), f"{mac} on all")
+
+
+def test_writer_from_a_backup_takes_what_it_lacks_and_keeps_what_it_entered_since(followers):
+    a, _, c = followers.hosts
+    saved = [Path(f"{a.base}{end}").read_bytes() for end in (".json", ".shared")]
+    add_one(followers, "10:66:6a:4c:c6:01", "10.85.6.1")
+    a.stop(a.program)
+    for end, old in zip((".json", ".shared"), saved):
+        Path(f"{a.base}{end}").write_bytes(old)
+    a.update("add", "10:66:6a:4c:c6:02", "10.85.6.2")
+    a.start_follow("a")
+    wait_for(lambda: equal(followers) and "10:66:6a:4c:c6:02" in c.registry(), "its own")
+    assert "10:66:6a:4c:c6:01" in c.registry()
+
+
+@pytest.mark.parametrize("word", ["--take", "--give"])
+def test_writer_that_can_not_tell_which_is_newer_changes_nothing_and_asks(followers, word):
+    a, b, c = followers.hosts
+    add_one(followers, f"10:66:6a:4c:c7:0{len(word)}", "10.85.7.1")
+    before, lines_before = c.registry(), told(a)
+    a.stop(a.program)
+    Path(f"{a.base}.shared").unlink()
+    a.update("--remove", followers.guests[2].mac)
+    a.start_follow("a")
+    lines = wait_for(lambda: told(a)[len(lines_before) :], "a line")
+    assert len(lines) == 1 and "--take goes on with etcd's, --give with this host's" in lines[0]
+    own = a.registry()
+    assert followers.guests[2].mac not in own and c.registry() == before
+    command = (sys.executable, followers.bin / "instances-follow.py", word)
+    env = environment(a.base, INSTANCES_TLS=f"{a.folder}/tls")
+    env["PATH"] = f"{followers.bin}:{env['PATH']}"
+    a.run(*command, env=env)
+    wait_for(lambda: equal(followers) and c.registry() == {"--take": before, "--give": own}[word], "one registry")
+    refused = b.run(*command, env=env | environment(b.base, INSTANCES_TLS=f"{b.folder}/tls"), check=False)
+    assert refused.returncode == 1 and refused.stderr.endswith("does not write: a writes it\n")
+    write(a, before)
+    wait_for(lambda: equal(followers) and c.registry() == before, "all as before")
+
+
 @pytest.mark.parametrize("count", [10, 1000, 5000])
 def test_change_is_in_force_on_another_host(followers, count):
     a, b, c = followers.hosts

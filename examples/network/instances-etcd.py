@@ -98,17 +98,23 @@ class Invalid(ValueError):
     """What etcd has is not valid, and not taken."""
 
 
+def certified(folder):
+    """Return the TLS settings by which etcd and a host's programs know each other."""
+    try:
+        tls = ssl.create_default_context(cafile=f"{folder}/ca.crt")
+        tls.load_cert_chain(f"{folder}/host.crt", f"{folder}/host.key")
+        return tls
+    except OSError as error:
+        raise OSError(f"ca.crt, host.crt, host.key in {folder}: {error.strerror or error}") from None
+
+
 class Store:
     """What an etcd has of one registry, by its JSON gateway. OSError where it does not answer, or by an error."""
 
     def __init__(self, name):
         self.address = os.environ.get("INSTANCES_ETCD") or "127.0.0.1:2379"
-        folder = os.environ.get("INSTANCES_TLS") or "/etc/etcd"
-        try:
-            self.tls = ssl.create_default_context(cafile=f"{folder}/ca.crt")
-            self.tls.load_cert_chain(f"{folder}/host.crt", f"{folder}/host.key")
-        except OSError as error:
-            raise OSError(f"ca.crt, host.crt, host.key in {folder}: {error.strerror or error}") from None
+        self.certificates = os.environ.get("INSTANCES_TLS") or "/etc/etcd"
+        self.tls = certified(self.certificates)
         self.folder = f"/{name}/"  # of the keys: history, late/HOST, leader, and then mac/MAC
         self.small = {"key": encoded(self.folder), "range_end": encoded(self.folder + "mac/")}  # the keys but the last
         self.seen = {}  # the small keys' entries as of the last look
@@ -116,6 +122,7 @@ class Store:
 
     def ask(self, path, stream=False, **body):
         """Return the answer to a request; the connection that answers come by, if there is to be a stream of them."""
+        self.tls = self.tls or certified(self.certificates)
         try:
             body = json.dumps(body)
             patience = PATIENCE + len(body) / 2_000_000  # of a large registry
@@ -128,6 +135,7 @@ class Store:
             if response.status != 200:
                 raise OSError(answer.get("message", answer))
         except (OSError, ValueError, http.client.HTTPException) as error:
+            self.tls = None  # they may have been renewed
             raise OSError(f"etcd at {self.address}: {error or type(error).__name__}") from None
         connection.close()
         return answer
@@ -182,15 +190,16 @@ class Store:
             elif registry[mac] != known.get(mac):
                 done.append({"request_put": self.key(name) | {"value": encoded(json.dumps(registry[mac]))}})
         done += [{"request_delete_range": self.key(name)} for name in gone]
-        seen = {name: self.seen.get(name, {}).get("mod_revision", 0) for name in ("history", *without)}
-        same = [self.key(name) | {"target": "MOD", "mod_revision": revision} for name, revision in seen.items()]
+        same, nothing = [], {"target": "MOD", "mod_revision": 0}
+        for name in ("history", *without):  # by values: members with other revisions of the same have been seen
+            value = {"target": "VALUE", "value": self.seen.get(name, {}).get("value", "")}
+            same.append(self.key(name) | (value if name in self.seen else nothing))
         answer = self.ask("kv/txn", compare=[*conditions, *same], success=done)
         if not answer.get("succeeded"):
             return None
-        revision = answer["header"]["revision"]
-        self.seen["history"] = {"value": encoded(json.dumps(history)), "mod_revision": revision}
         self.seen = {name: entry for name, entry in self.seen.items() if name not in without}
-        return int(revision)
+        self.seen["history"] = {"value": encoded(json.dumps(history))}
+        return int(answer["header"]["revision"])
 
     def listen(self):
         """Return the connection by which etcd tells of changes. Once all that it told of was seen, wait() keeps it."""

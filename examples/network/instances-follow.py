@@ -38,7 +38,7 @@ class Registry:
         self.path, self.followed, self.note = (self.base + end for end in (".json", ".follows", ".shared"))
         self.store = etcd.Store(os.path.basename(self.base))
         self.name = os.environ.get("INSTANCES_HOST") or os.uname().nodename
-        self.writer = f"{self.name}-{os.urandom(4).hex()}"  # another one with each start
+        self.writer = None  # by what name changes of this host are counted
         self.history, self.shared, self.revision = None, {}, 0  # what etcd and this host had in common last
         self.read = None, {}  # the version of this host's file, and the registry in it
         self.current = False  # whether the writer has seen what etcd told of
@@ -107,6 +107,7 @@ class Registry:
         if late:
             say(f"etcd did not have what this host had of {etcd.listed(late)}")
         self.agree(history, registry, revision)
+        self.writer = None  # no change is counted twice by one name, wherever histories may part
 
     def give(self, registry, history, known, *conditions, **options):
         """Make etcd's registry this one; return whether nobody was faster."""
@@ -154,6 +155,7 @@ class Registry:
         if not mine or mine is self.shared and not late:
             return True
         known = self.shared if self.history else self.store.fetch()[1]
+        self.writer = self.writer or f"{self.name}-{os.urandom(4).hex()}"
         return self.give(mine, etcd.longer(self.history, self.writer, mine), known, *conditions, without=late)
 
     def follow(self, reason, watch, seconds):
@@ -180,10 +182,7 @@ class Registry:
             raise ValueError(f"this host does not write: {open(self.followed).read()}")
         self.store.look(serializable=False)
         agreed = self.store.registry(0, {})
-        if take:
-            self.take(*agreed, False)
-        else:
-            self.agree(*agreed)
+        return self.take(*agreed, False) if take else self.agree(*agreed)
 
 
 def repeat(step):
