@@ -1,10 +1,11 @@
 """What may happen to etcd and to the hosts of examples/network, as a table of what is promised and what came of it.
 
-usage: python3 tests/network_chaos.py [WORD...]      as root: the cases with these words in their names, all by default
+usage: python3 tests/network_chaos.py [WORD...]   as root: the cases with one of these words in their names
+       python3 tests/network_chaos.py --soak INSTANCES SECONDS   a change each second: lag, etcd's size, memory
 
 Three hosts in namespaces with an etcd each, as in test_network.py, which runs the quick cases, too. In each case guests
-ping the gateway, and changes are made before, and where somebody can, meanwhile. After it is healed, all hosts must have
-one registry, in force, with all that the majority had acknowledged; and there were never two gateways.
+ping the gateway, and changes are made before, and where somebody can, meanwhile. When it is healed, all hosts must soon
+have one registry, in force, with all that the majority acknowledged; and there were never two gateways.
 """
 
 import contextlib
@@ -14,10 +15,11 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from lab import wait_for
+from lab import UPDATE, environment, wait_for
 
 PROMISE = (
     5  # seconds after healing in which all hosts have the same in force; a leader may need as long again to be elected
@@ -29,8 +31,8 @@ SAVED = (".json", ".shared", ".leases", ".dhcp-hosts")  # what a backup of a hos
 class Chaos:
     """The hosts, and what the majority has acknowledged."""
 
-    def __init__(self, site):
-        self.site, self.acknowledged, self.numbers = site, {}, itertools.count(1)
+    def __init__(self, site, pingers):
+        self.site, self.pingers, self.acknowledged, self.numbers = site, pingers, {}, itertools.count(1)
         self.healed = None
 
     @property
@@ -40,9 +42,15 @@ class Chaos:
 
     def change(self, host=None, acknowledged=True):
         """Enter an instance, as by hand, on the host that leads; return its MAC address when the majority has it."""
-        host, number = host or self.leader, next(self.numbers)
-        mac, address = f"10:66:6a:4d:00:{number:02x}", f"10.86.0.{number}"
-        host.update("add", mac, address)
+        number = next(self.numbers)
+        mac, address = f"10:66:6a:4d:{number >> 8:02x}:{number & 255:02x}", f"10.86.{number >> 8}.{number & 255}"
+
+        def entered():
+            on = host or self.leader
+            command = (sys.executable, UPDATE, "add", mac, address)
+            return on.run(*command, env=environment(on.base), check=False).returncode == 0 and on
+
+        host = wait_for(entered, "the change", 60)
         if acknowledged:
             wait_for(lambda: self.stored(mac, host), "the majority's word", 60)
             self.acknowledged[mac] = address
@@ -251,7 +259,7 @@ def leaders_host_from_a_backup(chaos):
     chaos.heal()
 
 
-@case("what the host had not is taken, its own changes since then are entered", seconds=PROMISE + ELECTION)
+@case("its etcd does not start with data of before; an empty one takes its place, and what the host had not is taken")
 def leaders_host_from_a_backup_with_its_etcd(chaos):
     leader = chaos.leader
     chaos.stop_etcds(leader)
@@ -264,8 +272,11 @@ def leaders_host_from_a_backup_with_its_etcd(chaos):
     chaos.end(leader)
     shutil.rmtree(f"{leader.folder}/etcd")
     Path(f"{leader.folder}/etcd.saved").rename(f"{leader.folder}/etcd")
-    chaos.start_etcds(leader)
+    leader.start_etcd()
+    wait_for(lambda: leader.etcd.poll() is not None, "the end of its etcd")
+    leader.processes.remove(leader.etcd)
     chaos.bring_back(leader, saved)
+    chaos.replace_member(leader, chaos.site.others(leader)[0])
     chaos.heal()
 
 
@@ -357,7 +368,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
 def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     leader = chaos.leader
     host, number = chaos.site.others(leader)[0], next(chaos.numbers)
-    guest = host.client("late", f"10:66:6a:4d:01:{number:02x}", port=f"late{number}")
+    guest = host.client("late", f"10:66:6a:4e:00:{number:02x}", port=f"late{number}")
     leader.etcd.send_signal(signal.SIGSTOP)
     guest.start_dhcp4()
     guest.start_dhcp6()
@@ -454,7 +465,7 @@ def registries_damaged(chaos):
     chaos.heal()
 
 
-def play(chaos, name, sniffed):
+def play(chaos, name):
     """Run a case; return the seconds from healing until all have the same in force, and how often who led. May fail."""
     function, _, seconds, _ = CASES[name]
     begun, led = time.time(), leads(chaos.site)
@@ -466,7 +477,9 @@ def play(chaos, name, sniffed):
     wait_for(chaos.site.leader, "a leader", 60)
     chaos.change()
     wait_for(chaos.settled, f"{name}: the next change: {differences(chaos)}", 60)
-    lines = [line.split() for line in sniffed.read_text().splitlines()]
+    now = time.time()
+    wait_for(lambda: all(pinger.answered(now) for pinger in chaos.pingers), f"{name}: the gateway")
+    lines = [line.split() for line in (chaos.site.folder / "sniffed").read_text().splitlines()]
     sent = sorted((float(when), port) for when, port in lines if float(when) > begun)
     turns = len([port for port, _ in itertools.groupby(port for _, port in sent)])
     assert turns <= leads(chaos.site) - led + 1, f"{name}: two gateways: {turns} turns"
@@ -490,48 +503,73 @@ def differences(chaos):
     return f"{found}, missing {missing}"
 
 
-def main(words):
-    """Run the cases whose names have these words, and print the table; return the exit status."""
-    import tempfile
-
+def soak(chaos, count, seconds):
+    """Make a change each second; print a line of what it costs each minute."""
     import test_network
 
-    folder = Path(tempfile.mkdtemp())
-    print(
-        "| case | promise | one registry in force after | times that a host began to lead |\n| --- | --- | --- | --- |"
-    )
-    site = None
+    leader = chaos.leader
+    test_network.fill(leader, count)
+    begun = time.monotonic()
+    wait_for(lambda: all(len(host.registry()) > count for host in chaos.site.hosts), "the instances on all", 120)
+    print(f"{count} instances: on all hosts after {time.monotonic() - begun:.1f} s")
+    follower = chaos.site.others(leader)[0]
+    print("| minute | lag, median and maximum | etcd's file, in use | its memory | the leader's and a follower's |")
+    for minute in range(seconds // 60):
+        lags, ends = [], time.monotonic() + 60
+        while time.monotonic() < ends:
+            begun, mac = time.monotonic(), chaos.change(leader, acknowledged=False)
+            address = leader.registry()[mac]["ipv4"]
+            wait_for(lambda new=(mac, address): in_force(follower, *new), "in force", 60)
+            lags.append(time.monotonic() - begun)
+            leader.update("--remove", mac)
+            time.sleep(max(0, begun + 1 - time.monotonic()))
+        status = leader.etcd_status()
+        size = f"{status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB"
+        memory = [f"{test_network.cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
+        lag = f"{sorted(lags)[len(lags) // 2]:.2f}, {max(lags):.2f} s of {len(lags)}"
+        print(f"| {minute + 1} | {lag} | {size} | {memory[0]} MiB | {memory[1]}, {memory[2]} MiB |", flush=True)
+
+
+@contextlib.contextmanager
+def hosts():
+    """Three hosts, one of which leads, with a guest each that pings the gateway."""
+    import test_network
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        site = test_network.Site(Path(folder))
+        try:
+            for host in site.hosts:
+                host.guard()
+            places = enumerate(site.hosts)
+            site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11") for n, host in places]
+            site.sniff()
+            for host in site.hosts:
+                host.start_lead()
+            wait_for(site.leader, "a leader", 60)
+            for guest in site.guests:
+                wait_for(lambda: guest.addresses("fe80:"), "a link-local address")
+                guest.dhcp4(guest.label)
+            yield Chaos(site, [test_network.Pinger(guest, "10.83.0.1") for guest in site.guests])
+        finally:
+            site.close()
+
+
+def main(words):
+    """Run cases and print the table; return the exit status."""
     failed = 0
-    try:
-        site = test_network.Site(folder)
-        for host in site.hosts:
-            host.guard()
-        site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11") for n, host in enumerate(site.hosts)]
-        site.sniff()
-        for host in site.hosts:
-            host.start_lead()
-        wait_for(site.leader, "a leader", 60)
-        for guest in site.guests:
-            guest.start_dhcp4(guest.label)
-            test_network.Pinger(guest, "10.83.0.1")
-        chaos = Chaos(site)
+    with hosts() as chaos:
+        if words[:1] == ["--soak"]:
+            return soak(chaos, *map(int, words[1:]))
+        print("| case | promise | one registry in force after | times that a host began to lead |")
+        print("| --- | --- | --- | --- |")
         for name, (_, promise, seconds, _) in CASES.items():
             if not words or any(word in name for word in words):
                 try:
-                    took, times = play(chaos, name, folder / "sniffed")
+                    took, times = play(chaos, name)
                     outcome = f"{took:.1f} s (of {seconds})"
                 except (AssertionError, OSError) as error:
-                    outcome, times, failed = f"**{error}**", "", failed + 1
+                    outcome, times, failed = f"**{str(error).splitlines()[0]}**", "", failed + 1
                 print(f"| {name} | {promise} | {outcome} | {times} |", flush=True)
-                if failed and os.environ.get("CHAOS_STOP"):
-                    break
-    finally:
-        if site:
-            site.close()
-        if not failed:
-            shutil.rmtree(folder)
-        else:
-            print(folder)
     return 1 if failed else 0
 
 
