@@ -11,7 +11,6 @@ have one registry, in force, with all that the majority acknowledged; and there 
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import signal
 import sys
@@ -62,7 +61,10 @@ class Chaos:
 
     def settled(self):
         """Tell whether all hosts have one registry in force, with all that was acknowledged."""
-        registries = [host.registry() for host in self.site.hosts]
+        try:
+            registries = [host.registry() for host in self.site.hosts]
+        except ValueError:  # one that is damaged
+            return False
         if not registries[0] or registries.count(registries[0]) != len(registries):
             return False
         if not self.acknowledged.items() <= {mac: i.get("ipv4") for mac, i in registries[0].items()}.items():
@@ -240,7 +242,7 @@ def force_new_cluster_of_a_member_that_lags(chaos):
     chaos.heal()
 
 
-@case("nobody notices", quick=True)
+@case("nobody notices")
 def member_replaced_by_an_empty_one(chaos):
     host = chaos.site.others(chaos.leader)[0]
     chaos.change()
@@ -364,7 +366,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
 
 
-@case("another leads; its guest has network again within a minute of that, by both versions", quick=True)
+@case("another leads; its guest has network again within a minute of that, by both versions")
 def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     leader = chaos.leader
     host, number = chaos.site.others(leader)[0], next(chaos.numbers)
@@ -467,7 +469,7 @@ def registries_damaged(chaos):
 
 def play(chaos, name):
     """Run a case; return the seconds from healing until all have the same in force, and how often who led. May fail."""
-    function, _, seconds, _ = CASES[name]
+    function = CASES[name][0]
     begun, led = time.time(), leads(chaos.site)
     chaos.change()
     function(chaos)
@@ -483,7 +485,6 @@ def play(chaos, name):
     sent = sorted((float(when), port) for when, port in lines if float(when) > begun)
     turns = len([port for port, _ in itertools.groupby(port for _, port in sent)])
     assert turns <= leads(chaos.site) - led + 1, f"{name}: two gateways: {turns} turns"
-    assert took < seconds * int(os.environ.get("TEST_PATIENCE", "1")), f"{name}: {took:.1f} s"
     return took, leads(chaos.site) - led
 
 
@@ -514,15 +515,18 @@ def soak(chaos, count, seconds):
     print(f"{count} instances: on all hosts after {time.monotonic() - begun:.1f} s")
     follower = chaos.site.others(leader)[0]
     print("| minute | lag, median and maximum | etcd's file, in use | its memory | the leader's and a follower's |")
+    begun = time.monotonic()
     for minute in range(seconds // 60):
-        lags, ends = [], time.monotonic() + 60
-        while time.monotonic() < ends:
-            begun, mac = time.monotonic(), chaos.change(leader, acknowledged=False)
-            address = leader.registry()[mac]["ipv4"]
-            wait_for(lambda new=(mac, address): in_force(follower, *new), "in force", 60)
-            lags.append(time.monotonic() - begun)
-            leader.update("--remove", mac)
-            time.sleep(max(0, begun + 1 - time.monotonic()))
+        lags, mac = [], None
+        for second in range(60):
+            time.sleep(max(0, begun + minute * 60 + second - time.monotonic()))
+            if mac:
+                leader.update("--remove", mac)
+            mac, changed = chaos.change(leader, acknowledged=False), time.monotonic()
+            if second % 10 == 5:
+                address = leader.registry()[mac]["ipv4"]
+                wait_for(lambda new=(mac, address): in_force(follower, *new), "in force", 60)
+                lags.append(time.monotonic() - changed)
         status = leader.etcd_status()
         size = f"{status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB"
         memory = [f"{test_network.cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
@@ -547,7 +551,6 @@ def hosts():
                 host.start_lead()
             wait_for(site.leader, "a leader", 60)
             for guest in site.guests:
-                wait_for(lambda: guest.addresses("fe80:"), "a link-local address")
                 guest.dhcp4(guest.label)
             yield Chaos(site, [test_network.Pinger(guest, "10.83.0.1") for guest in site.guests])
         finally:
@@ -566,7 +569,8 @@ def main(words):
             if not words or any(word in name for word in words):
                 try:
                     took, times = play(chaos, name)
-                    outcome = f"{took:.1f} s (of {seconds})"
+                    outcome = f"{took:.1f} s" if took < seconds else f"**{took:.1f} s, not {seconds}**"
+                    failed += took > seconds
                 except (AssertionError, OSError) as error:
                     outcome, times, failed = f"**{str(error).splitlines()[0]}**", "", failed + 1
                 print(f"| {name} | {promise} | {outcome} | {times} |", flush=True)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import network_chaos
 import pytest
 from conftest import PROGRAMS, need
 from lab import EXAMPLES, PROCESS, UPDATE, Host, Namespace, block, environment, has_ibrname, run, wait_for
@@ -880,6 +881,19 @@ def test_change_where_no_host_leads_or_another_is_refused_with_its_name(leaders)
     wait_for(
         lambda: all(h.registry()[leaders.guests[0].mac]["name"] == "renamed" for h in leaders.hosts), "the name on all"
     )
+
+
+# ---- What happens to etcd once a year ----
+@pytest.fixture(scope="module")
+def chaos(leaders):
+    """The same, with guests that ping the gateway."""
+    return network_chaos.Chaos(leaders, [Pinger(guest, "10.83.0.1") for guest in leaders.guests])
+
+
+@pytest.mark.parametrize("case", [name for name, (*_, quick) in network_chaos.CASES.items() if quick])
+def test_all_hosts_have_what_was_acknowledged_after(chaos, case):
+    took, times = network_chaos.play(chaos, case)
+    report(f"{case}: one registry in force after {took:.1f} s; a host began to lead {times} times")
 
 
 # ---- One program by itself ----
