@@ -18,11 +18,31 @@ BASE.nftables_sets of BASE.json. BASE is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID]
 /var/lib/misc/instances. INSTANCES_ADDRESS_SETS lists names that get address sets (host), and
 INSTANCES_HOSTS_DOMAIN the domains of host names (.instance.internal), with commas between them.
 With INSTANCES_GUARD=observe the chains count and name what they would drop, and let it pass (enforce).
+INSTANCES_SLAAC lists /64 prefixes in which guests make addresses for themselves (none).
 Exit status: 0 done, 10 no marker so nothing to do, 1 error and the marker left, 2 wrong usage."""
 
+REASONS = (  # for a drop, in the set instances_dropped; 15 characters at most
+    "ARP address",  # another's
+    "IPv4 source",
+    "IPv6 source",
+    "NDP target",
+    "NDP option",
+    "not registered",  # an address that nobody has
+    "too many claims",
+    "DHCP message",
+    "DHCP too often",
+    "DHCP server",
+    "router message",
+    "multicast query",
+    "malformed",
+    "other protocol",
+)
 CHAINS = """\
 # Fields that nftables has no name for, by their offset and length in bits:
 #   @ll,48,24 . @ll,72,24      the two halves of the frame's source MAC address
+#   @nh,64,24 . @nh,88,24      the sender's hardware address of ARP (RFC 826), its IPv4 address, and the one it asks for
+#   @nh,112,32, @nh,192,32
+#   @nh,96,32                  the source address of IPv4
 #   @nh,64,128                 the source address of IPv6
 #   @nh,64,64                  its prefix
 #   @nh,128,24 . @nh,168,24    the halves of the MAC address that it is made from (RFC 4291, appendix A), and between
@@ -32,12 +52,14 @@ CHAINS = """\
 #   @th,80,24 . @th,104,24     and the MAC address in that option
 #   @th,208,24 . @th,232,24
 #   @th,64,24, @th,256,32      operation, hardware type and length, and relay agent of a DHCP message (RFC 2131)
+#   @th,192,32                 the address that the server gives by it
 #   @th,288,24 . @th,312,24    the client's MAC address in it
+#   @th,1984,24                its first option
 #   @th,64,8                   the type of a DHCPv6 message (RFC 8415)
 # What is counted from @th is found behind extension headers, too; what is counted from @nh would not be.
 #
-# nftables can't compare a frame's fields with each other. So each is put into a set beside itself, and looked up beside
-# the other: that pair is there only if both are equal. The second set has one bit of the MAC address flipped.
+# nftables can't compare two fields of a frame, a and b. So (a, a) is put into a set, and (a, b) looked up there: it is
+# found only if they are equal. The second set has one bit of the MAC address flipped.
 set instances_same_mac {
     typeof @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24
     size 65536; flags dynamic,timeout; timeout 1m
@@ -46,8 +68,8 @@ set instances_same_eui64 {
     typeof @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24
     size 65536; flags dynamic,timeout; timeout 1m
 }
-# A link-local address that is not made from a MAC address belongs to who sends from it first (RFC 6620): these are the
-# owners of addresses, the addresses that have an owner, and how many each MAC address has claimed lately.
+# An address in instances_prefixes that is not made from a MAC address belongs to who sends from it first (RFC 6620):
+# these are the owners of addresses, the addresses that have an owner, and how many each MAC address has claimed lately.
 set instances_claims {
     typeof @th,64,128 . ether saddr
     size 65536; flags dynamic,timeout; timeout 1d
@@ -60,38 +82,141 @@ set instances_claiming {
     type ether_addr
     size 65536; flags dynamic,timeout; timeout 1d
 }
-# Who sent what was dropped, and how much of it
-set instances_dropped {
-    type ether_addr
-    size 65536; flags dynamic; counter
+# The addresses of that kind that the host itself, or anybody behind an uplink, uses: they can't be claimed.
+set instances_elsewhere {
+    typeof @th,64,128 . ether saddr
+    size 65536; flags dynamic,timeout; timeout 1d
 }
-chain instances_drop {
-    update @instances_dropped { ether saddr }
-    goto instances_verdict
+set instances_elsewhere_used {
+    typeof @th,64,128
+    size 65536; flags dynamic,timeout; timeout 1d
+}
+# What the DHCP server has leased a moment ago, until the registry has it: the address, and the client's MAC address
+set instances_leased {
+    typeof @th,192,32 . @th,288,24 . @th,312,24
+    size 65536; flags dynamic,timeout; timeout 5m
+}
+# How often each MAC address has asked for leases of each IP version, and of IPv6 how many octets: one message may ask
+# for many leases.
+set instances_asked {
+    type ether_addr . inet_service
+    size 65536; flags dynamic,timeout; timeout 1m
+}
+set instances_asked6 {
+    type ether_addr
+    size 65536; flags dynamic,timeout; timeout 5m
+}
+# Use, for what comes in by a guest's port, in prerouting: goto instances_guard
+chain instances_guard {
+    ether type vmap {
+        ip : goto instances_guard_ip, ip6 : goto instances_guard_ip6, arp : goto instances_drop_arp
+    }
+    # A tag of priority only, as Windows sends it, is taken off by who receives it. Behind it, some rules match nothing.
+    ether type 8021q vlan id 0 ip protocol { 1, 6, 17 } goto instances_guard_ip
+    ether type 8021q vlan id 0 ip6 nexthdr { 6, 17 } goto instances_guard_ip6
+    goto instances_reason_other_protocol
+}
+# Of TCP, and of datagrams with other ports than DHCP's, the source is all that there is to look at. What the fixed
+# header says counts: behind extension headers, in a fragment, TCP may be said to be there where it is not.
+chain instances_guard_ip {
+    udp dport { 67, 547 } jump instances_ask
+    jump instances_drop_ip
+    ip protocol 6 return
+    udp sport != { 67, 547 } udp dport != { 67, 68, 546, 547 } return
+    meta l4proto { 2, 51, 58, 103 } jump instances_drop_query
+    jump instances_drop_rogue
+}
+chain instances_guard_ip6 {
+    udp dport { 67, 547 } jump instances_ask
+    icmpv6 type nd-neighbor-advert jump instances_drop_ndp
+    jump instances_drop_ip6
+    ip6 nexthdr 6 return
+    ip6 nexthdr 17 udp sport != { 67, 547 } udp dport != { 67, 68, 546, 547 } return
+    meta l4proto { 2, 51, 58, 103 } jump instances_drop_query
+    jump instances_drop_rogue
+}
+# A client asks once or twice when it boots. A DHCP server serves one after the other.
+chain instances_ask {
+    ip frag-off & 0x1fff != 0 return
+    exthdr frag exists frag frag-off != 0 return
+    jump instances_drop_dhcp
+    update @instances_asked { ether saddr . udp dport limit rate over 10/minute burst 10 packets } \\
+        goto instances_reason_dhcp_too_often
+    udp dport 547 update @instances_asked6 { ether saddr limit rate over 400 bytes/minute burst 1200 bytes } \\
+        goto instances_reason_dhcp_too_often
+    # From any address: a lease that is not registered is renewed, too, and the server then tells the registry.
+    udp sport 68 udp dport 67 ip daddr . ether daddr @instances_ip accept
+    udp sport 68 udp dport 67 ip daddr 255.255.255.255 accept
+}
+# Use, in forward, but for what goes to the DHCP server's port: goto instances_drop_request
+chain instances_drop_request {
+    # What clients ask all is for no guest, and not held against them.
+    ip frag-off & 0x1fff != 0 return
+    exthdr frag exists frag frag-off != 0 return
+    udp dport { 67, 547 } goto instances_verdict
+}
+# Use, for what the host sends, in output: goto instances_sent
+chain instances_sent {
+    # In its own name, since it may route what looks like a lease of its own.
+    udp sport 67 udp dport 68 ip saddr . ether saddr @instances_ip goto instances_learn_lease
+    icmpv6 type { nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert } goto instances_learn
+}
+# Use, for what comes in by an uplink: icmpv6 type { nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert } jump \\
+# instances_learn
+chain instances_learn {
+    ip6 hoplimit != 255 return
+    icmpv6 type nd-neighbor-advert jump instances_learn_target
+    @nh,64,64 @instances_prefixes @nh,152,16 != 0xfffe \\
+        update @instances_elsewhere { @nh,64,128 . ether saddr } update @instances_elsewhere_used { @nh,64,128 }
+}
+chain instances_learn_target {
+    @th,64,64 @instances_prefixes @th,152,16 != 0xfffe \\
+        update @instances_elsewhere { @th,64,128 . ether saddr } update @instances_elsewhere_used { @th,64,128 }
+}
+# Use, for what comes in by the port of the DHCP server: udp sport 67 udp dport 68 jump instances_learn_lease
+chain instances_learn_lease {
+    # A DHCPACK to an Ethernet client: servers write its type as the first option.
+    ip frag-off & 0x3fff == 0 @th,64,24 0x020106 @th,1984,24 0x350105 @th,192,32 != @instances_taken \\
+        update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
 }
 # Use: ether type arp goto instances_drop_arp
 chain instances_drop_arp {
     arp saddr ip . ether saddr @instances_ip arp saddr ip . arp saddr ether @instances_ip return
-    arp saddr ip 0.0.0.0 arp daddr ip . ether saddr @instances_ip return
-    counter goto instances_drop
+    arp saddr ip 0.0.0.0 goto instances_drop_probe
+    @nh,112,32 @instances_taken goto instances_reason_arp_address
+    update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
+    @nh,112,32 . @ll,48,24 . @ll,72,24 @instances_leased \\
+        @ll,48,24 . @ll,72,24 . @nh,64,24 . @nh,88,24 @instances_same_mac return
+    goto instances_reason_not_registered
+}
+# A probe asks whether anybody has an address that the sender is to use (RFC 5227).
+chain instances_drop_probe {
+    arp daddr ip . ether saddr @instances_ip return
+    @nh,192,32 @instances_taken goto instances_reason_arp_address
+    @nh,192,32 . @ll,48,24 . @ll,72,24 @instances_leased return
+    goto instances_reason_not_registered
 }
 # Use: ether type ip6 icmpv6 type nd-neighbor-advert jump instances_drop_ndp
 chain instances_drop_ndp {
     # Neighbour discovery does not come in fragments (RFC 6980).
-    exthdr frag exists counter goto instances_drop
+    exthdr frag exists goto instances_reason_malformed
     @th,64,128 . ether saddr @instances_ip6 return
-    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
-    @th,64,64 0xfe80000000000000 @th,152,16 0xfffe @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 \\
-        @instances_same_eui64 return
-    @th,64,64 0xfe80000000000000 @th,152,16 != 0xfffe goto instances_claim_target
-    counter goto instances_drop
+    @th,64,64 @instances_prefixes goto instances_claim_target
+    @th,64,128 @instances_taken6 goto instances_reason_ndp_target
+    # A client detects duplicates of an address that it was leased a moment ago: this is not held against it.
+    ip6 saddr :: goto instances_verdict
+    goto instances_reason_not_registered
 }
 # Use: ether type ip jump instances_drop_ip
 chain instances_drop_ip {
     ip saddr . ether saddr @instances_ip return
     ip saddr . ether saddr @instances_net return
     ip saddr 0.0.0.0 ip daddr 255.255.255.255 ip frag-off & 0x3fff == 0 udp sport 68 udp dport 67 return
-    counter goto instances_drop
+    # Without an address, systems join multicast groups.
+    ip saddr 0.0.0.0 goto instances_verdict
+    @nh,96,32 @instances_taken goto instances_reason_ipv4_source
+    @nh,96,32 . @ll,48,24 . @ll,72,24 @instances_leased return
+    goto instances_drop_stranger
 }
 # Use: ether type ip6 jump instances_drop_ip6
 chain instances_drop_ip6 {
@@ -103,80 +228,114 @@ chain instances_drop_ip6 {
     icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } jump instances_drop_lladdr
     @nh,64,128 . ether saddr @instances_ip6 return
     ip6 saddr . ether saddr @instances_net6 return
-    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
-    @nh,64,64 0xfe80000000000000 @nh,152,16 0xfffe @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 \\
-        @instances_same_eui64 goto instances_drop_new
-    @nh,64,64 0xfe80000000000000 @nh,152,16 != 0xfffe jump instances_claim_source
-    @nh,64,64 0xfe80000000000000 @nh,152,16 != 0xfffe goto instances_drop_new
-    counter goto instances_drop
+    @nh,64,64 @instances_prefixes goto instances_drop_self_made
+    @nh,64,128 @instances_taken6 goto instances_reason_ipv6_source
+    goto instances_drop_stranger
 }
-# What may be sent from a link-local address that is not registered
-chain instances_drop_new {
+# A link-layer address option (RFC 4861, section 4.6.1) is a message's first option, and is the frame's MAC address.
+chain instances_drop_lladdr {
+    exthdr frag exists goto instances_reason_malformed
+    update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
+    icmpv6 type nd-router-solicit @th,64,16 != 0x0101 goto instances_reason_ndp_option
+    icmpv6 type nd-router-solicit @ll,48,24 . @ll,72,24 . @th,80,24 . @th,104,24 \\
+        != @instances_same_mac goto instances_reason_ndp_option
+    icmpv6 type nd-neighbor-solicit @th,192,16 != 0x0101 goto instances_reason_ndp_option
+    icmpv6 type nd-neighbor-advert @th,192,16 != 0x0201 goto instances_reason_ndp_option
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } @ll,48,24 . @ll,72,24 . @th,208,24 . @th,232,24 \\
+        != @instances_same_mac goto instances_reason_ndp_option
+}
+# From an address that the sender has made itself, all is let through, but for the link-local one of a newcomer.
+chain instances_drop_self_made {
+    jump instances_claim_source
+    @nh,64,64 != 0xfe80000000000000 return
+    ether saddr @instances_macs return
     icmpv6 type {
         nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert,
         mld-listener-report, mld-listener-done, mld2-listener-report
     } return
     ip6 daddr ff02::1:2 udp sport 546 udp dport 547 return
-    counter goto instances_drop
+    goto instances_drop_stranger
 }
-# A link-layer address option (RFC 4861, section 4.6.1) is a message's first option, and is the frame's MAC address.
-chain instances_drop_lladdr {
-    exthdr frag exists counter goto instances_drop
-    update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
-    icmpv6 type nd-router-solicit @th,64,16 != 0x0101 counter goto instances_drop
-    icmpv6 type nd-router-solicit @ll,48,24 . @ll,72,24 . @th,80,24 . @th,104,24 \\
-        != @instances_same_mac counter goto instances_drop
-    icmpv6 type nd-neighbor-solicit @th,192,16 != 0x0101 counter goto instances_drop
-    icmpv6 type nd-neighbor-advert @th,192,16 != 0x0201 counter goto instances_drop
-    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } @ll,48,24 . @ll,72,24 . @th,208,24 . @th,232,24 \\
-        != @instances_same_mac counter goto instances_drop
+# Of who is not registered, the reason is the worst that it does. What systems send to all while they start, such as
+# multicast DNS, is not held against them.
+chain instances_drop_stranger {
+    jump instances_drop_query
+    jump instances_drop_rogue
+    meta l4proto 17 ip6 daddr ff00::/8 goto instances_verdict
+    goto instances_reason_not_registered
 }
-# Its use renews the owner's claim. Others are dropped. What has no owner is claimed, so many addresses an hour.
+# A guest's own address is made from its MAC address, or was claimed by it: its use renews the claim. What is registered
+# to another, or used elsewhere or by another, is dropped. What has no owner is claimed, so many addresses an hour.
 chain instances_claim_target {
+    @th,64,128 @instances_taken6 goto instances_reason_ndp_target
+    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
+    @th,152,16 0xfffe @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 @instances_same_eui64 return
+    @th,152,16 0xfffe goto instances_reason_ndp_target
+    @th,64,128 . ether saddr @instances_elsewhere return
+    @th,64,128 @instances_elsewhere_used goto instances_reason_ndp_target
     @th,64,128 . ether saddr @instances_claims update @instances_claims { @th,64,128 . ether saddr } \\
         update @instances_claimed { @th,64,128 } return
-    @th,64,128 @instances_claimed counter goto instances_drop
-    @th,64,128 @instances_reserved counter goto instances_drop
-    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } counter goto instances_drop
+    @th,64,128 @instances_claimed goto instances_reason_ndp_target
+    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } \\
+        goto instances_reason_too_many_claims
     add @instances_claimed { @th,64,128 } add @instances_claims { @th,64,128 . ether saddr } return
-    counter goto instances_drop
+    goto instances_reason_too_many_claims
 }
 chain instances_claim_source {
+    @nh,64,128 @instances_taken6 goto instances_reason_ipv6_source
+    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
+    @nh,152,16 0xfffe @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 @instances_same_eui64 return
+    @nh,152,16 0xfffe goto instances_reason_ipv6_source
+    @nh,64,128 . ether saddr @instances_elsewhere return
+    @nh,64,128 @instances_elsewhere_used goto instances_reason_ipv6_source
     @nh,64,128 . ether saddr @instances_claims update @instances_claims { @nh,64,128 . ether saddr } \\
         update @instances_claimed { @nh,64,128 } return
-    @nh,64,128 @instances_claimed counter goto instances_drop
-    @nh,64,128 @instances_reserved counter goto instances_drop
-    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } counter goto instances_drop
+    @nh,64,128 @instances_claimed goto instances_reason_ipv6_source
+    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } \\
+        goto instances_reason_too_many_claims
     add @instances_claimed { @nh,64,128 } add @instances_claims { @nh,64,128 . ether saddr } return
-    counter goto instances_drop
+    goto instances_reason_too_many_claims
 }
 # Use: udp dport { 67, 547 } jump instances_drop_dhcp
 chain instances_drop_dhcp {
     # Behind a first fragment there are no ports, whatever it looks like; and no client sends DHCP in fragments.
     ip frag-off & 0x1fff != 0 return
     exthdr frag exists frag frag-off != 0 return
-    ip frag-off & 0x3fff != 0 counter goto instances_drop
-    exthdr frag exists counter goto instances_drop
-    # A client's own request (RFC 2131, section 2): of Ethernet, not relayed, its hardware address the frame's
+    ip frag-off & 0x3fff != 0 goto instances_reason_malformed
+    exthdr frag exists goto instances_reason_malformed
+    # A client's own request (RFC 2131, section 2): of Ethernet, not relayed, its hardware address the frame's. The
+    # server's field for an address is empty: in its answer to an Inform it might repeat it, as if it were a lease.
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
-    udp dport 67 @th,64,24 0x010106 @th,256,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
+    udp dport 67 @th,64,24 0x010106 @th,256,32 0 @th,192,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
         @instances_same_mac return
     # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3)
     udp dport 547 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
-    counter goto instances_drop
+    goto instances_reason_dhcp_message
+}
+# Use: meta l4proto { 2, 51, 58, 103 } jump instances_drop_query
+chain instances_drop_query {
+    # A bridge that believes a query sends multicast, and with it neighbour solicitations, only to those who answered:
+    # nobody, if the query never came to them. Whoever speaks as a multicast router (PIM, and RFC 4286) hears all
+    # multicast. A query may hide in a fragment of IGMP, or of IPv6 behind an authentication header (51), where its type
+    # can't be looked at.
+    icmpv6 type { mld-listener-query, 151, 152, 153 } goto instances_reason_multicast_query
+    ip protocol 2 ip frag-off & 0x1fff != 0 goto instances_reason_multicast_query
+    ip protocol 2 igmp type != { 0x12, 0x16, 0x17, 0x22 } goto instances_reason_multicast_query
+    exthdr hbh exists meta l4proto 51 goto instances_reason_multicast_query
+    meta l4proto 103 goto instances_reason_multicast_query
 }
 # Use: jump instances_drop_rogue
 chain instances_drop_rogue {
     ip frag-off & 0x1fff != 0 return
     exthdr frag exists frag frag-off != 0 return
-    icmpv6 type { nd-router-advert, nd-redirect } counter goto instances_drop
-    udp sport { 67, 547 } counter goto instances_drop
-    udp dport { 68, 546 } counter goto instances_drop
+    icmpv6 type { nd-router-advert, nd-redirect } goto instances_reason_router_message
+    udp sport { 67, 547 } goto instances_reason_dhcp_server
+    udp dport { 68, 546 } goto instances_reason_dhcp_server
     # A first fragment has all headers up to the upper layer's (RFC 7112, section 5), and that right behind its own.
-    exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } counter goto instances_drop
+    exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } goto instances_reason_malformed
     # What nftables can't parse has no protocol and does not match; a client that reads raw frames may parse it.
     meta l4proto != 255 return
-    ether type { ip, ip6 } counter goto instances_drop
+    ether type { ip, ip6 } goto instances_reason_malformed
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
@@ -189,6 +348,9 @@ FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains 
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
+VERSION = "1.0"
+
+
 def say(message, descriptor=2):
     """Write one line of printable ASCII, on standard error unless told otherwise."""
     line = ascii(f"{os.path.basename(sys.argv[0])}: {message}")[1:-1]
@@ -207,19 +369,11 @@ def base_path():
     return f"{path}-{suffix}" if suffix else path
 
 
-RANGES = (  # first, end, field; written out, since those of the module ipaddress change with Python
-    (b"\xfe\x80", b"\xfe\xc0", "ipv6_lla"),  # fe80::/10, RFC 4291, section 2.5.6
-    (b"\xfc", b"\xfe", "ipv6_ula"),  # fc00::/7, RFC 4193, section 3.1
-    (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
-    (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
-    (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
-)
-
-
 def is_mac(text):
-    """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
+    """Tell whether this is one station's Ethernet address as the registry has it: lower case, with colons."""
     digits = text.replace(":", "")
-    return len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
+    plain = len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
+    return plain and digits[1] in "02468ace"
 
 
 def is_name(text):
@@ -231,27 +385,33 @@ def is_name(text):
 def parse_address(text):
     """Return an address's field ("" if its kind has none) and RFC 5952 form. ValueError if it is no address."""
     try:
-        if ":" not in text:
-            inet_pton(AF_INET, text)
-            return "ipv4", text
-        packed = inet_pton(AF_INET6, text)
+        packed = inet_pton(AF_INET6 if ":" in text else AF_INET, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    field = next((field for first, end, field in RANGES if first <= packed < end), "")
-    return field, inet_ntop(AF_INET6, packed)
+    if len(packed) == 4:
+        return "ipv4", text
+    # RFC 3587; documentation: RFC 3849, RFC 9637; RFC 4193, section 3.1; RFC 4291, section 2.5.6. Written out, since
+    # what the module ipaddress says changes with Python
+    first = packed.hex()
+    gua = "2" <= first < "4" and not first.startswith(("20010db8", "3fff0"))
+    other = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
+    return "ipv6_gua" if gua else other, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
     """Return an address or network to be allowed as a network of the module ipaddress. ValueError if it must not be."""
     import ipaddress
 
+    network = ipaddress.ip_network(text)
     if "%" in text:
         raise ValueError(f"{text}: an address without a zone, please")
-    network = ipaddress.ip_network(text)
-    # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
-    for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
-        if network.overlaps(ipaddress.ip_network(never)):
-            raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
+    if not network.prefixlen:
+        raise ValueError(f"{text}: can't be allowed: a port that leads to a router is an uplink in bridge.nft")
+    # Unspecified, of the host itself, link-local, multicast, broadcast: RFC 6890, section 2.2; RFC 4291, section 2.4
+    never = ["0.0.0.0/32", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32"]
+    for other in [*never, "::/127", "fe80::/10", "ff00::/8"]:
+        if network.overlaps(ipaddress.ip_network(other)):
+            raise ValueError(f"{text}: has addresses of {other}, which can't be a guest's")
     return network
 
 
@@ -266,8 +426,8 @@ def locked(base):
     return FileLock(base + ".lock", timeout=10).acquire()
 
 
-def read_registry(path):
-    """Return the registry, empty where there is no file. ValueError if it is not an object of objects."""
+def read_registry(path, lenient=False):
+    """Return the registry, {} where there is no file. ValueError if it is no object of objects; if lenient, {}."""
     import json
 
     try:
@@ -279,6 +439,8 @@ def read_registry(path):
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
+        if lenient:
+            return {}
         raise ValueError(f"{path}: mend it or move it away: {error}") from None
 
 
@@ -326,10 +488,13 @@ def run(main):
     """Return main's exit status; an error becomes one line and the status 1."""
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
+        if sys.argv[1:] == ["--version"]:
+            return say(VERSION, 1) or 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
-        say(f"error: {str(error) or 'interrupted'}")
+        root = ": run it as root" if isinstance(error, PermissionError) and os.geteuid() else ""
+        say(f"error: {str(error) or 'interrupted'}{root}")
         return 1
 
 
@@ -351,6 +516,18 @@ def listed(variable, default, is_valid):
         if not is_valid(item):
             say(f"warning: {variable}: '{item}' is left out, it is not valid")
     return [item for item in items if is_valid(item)]
+
+
+def slaac_prefix(text):
+    """Return the 8 octets of a prefix for SLAAC (RFC 4862). ValueError if it is no global or unique local /64."""
+    address, _, length = text.partition("/")
+    try:
+        field, packed = parse_address(address)[0], inet_pton(AF_INET6, address)
+    except (OSError, ValueError):
+        field, packed = "", b""
+    if length != "64" or field not in ("ipv6_gua", "ipv6_ula") or any(packed[8:]):
+        raise ValueError(f"INSTANCES_SLAAC: {text}: write a global or unique local prefix such as 2001:67c:83::/64")
+    return packed[:8]
 
 
 def read_allowed(allowed):
@@ -426,33 +603,49 @@ def sets_text(instances, names):
     return "\n".join([*lines, ""])
 
 
-def chains_text(instances, verdict):
-    """Return the chains, behind the sets in which they look up who may send from an address."""
-    ip, ip6, net, net6, reserved = [], [], [], [], {}
+def chains_text(instances, prefixes, verdict):
+    """Return the chains, behind the sets in which they look up who may send from an address.
+
+    The prefixes (packed, 8 octets) are those in which guests make addresses for themselves, beside the link-local one.
+    """
+    ip, ip6, net, net6, taken, taken6, macs = [], [], [], [], {bytes(4): None}, {}, []
     for mac, name, addresses, allowed, networks in instances:
         owner = f' . {mac} comment "{name}",\n' if name else f" . {mac},\n"
         packed = {inet_pton(AF_INET if field == "ipv4" else AF_INET6, text): field for field, text in addresses.items()}
         for address in {**packed, **dict.fromkeys(allowed)}:
             if len(address) == 4:
                 ip.append(f"        {inet_ntop(AF_INET, address)}{owner}")
+                taken[address] = None
             else:
                 ip6.append(f"        0x{address.hex()}{owner}")
-            if packed.get(address) == "ipv6_lla" and address[11:13] != b"\xff\xfe":
-                reserved[address] = f"        0x{address.hex()},\n"
+                # An address that is made from a MAC address is that MAC address's alone as it is.
+                if packed.get(address) != "ipv6_lla" or address[11:13] != b"\xff\xfe":
+                    taken6[address] = None
         for network in networks:
             (net if network.version == 4 else net6).append(f"        {network}{owner}")
-    counter, interval = "    counter\n", "    flags interval\n"
+        macs.append(f"        {mac},\n")
+    own = dict.fromkeys((b"\xfe\x80" + bytes(6), *prefixes))
+    hexadecimal = [[f"        0x{value.hex()},\n" for value in values] for values in (taken, taken6, own)]
     text = ""
     for name, key, options, elements in (
-        ("ip", "ip saddr . ether saddr", counter, ip),
-        ("ip6", "@th,64,128 . ether saddr", counter, ip6),
-        ("net", "ip saddr . ether saddr", interval, net),
-        ("net6", "ip6 saddr . ether saddr", interval, net6),
-        ("reserved", "@th,64,128", "", reserved.values()),
+        ("ip", "ip saddr . ether saddr", "", ip),
+        ("ip6", "@th,64,128 . ether saddr", "", ip6),
+        ("net", "ip saddr . ether saddr", "    flags interval\n", net),
+        ("net6", "ip6 saddr . ether saddr", "    flags interval\n", net6),
+        ("taken", "@th,192,32", "", hexadecimal[0]),
+        ("taken6", "@th,64,128", "", hexadecimal[1]),
+        ("prefixes", "@th,64,64", "", hexadecimal[2]),
+        ("macs", "ether saddr", "", macs),
     ):
         body = f"    elements = {{\n{''.join(elements)}    }}\n" if elements else ""
         text += f"set instances_{name} {{\n    typeof {key}\n{options}{body}}}\n"
-    return f"{text}chain instances_verdict {{\n    {verdict}\n}}\n{CHAINS}"
+    # Who sent what was dropped, why, and how much of it. To count and to drop are two rules: a full set ends a rule.
+    text += "set instances_dropped {\n    type ether_addr . ifname\n    size 65536; flags dynamic; counter\n}\n"
+    text += f"chain instances_verdict {{\n    {verdict}\n}}\n"
+    for reason in REASONS:
+        text += f"chain instances_reason_{reason.lower().replace(' ', '_')} {{\n"
+        text += f'    update @instances_dropped {{ ether saddr . "{reason}" }}\n    goto instances_verdict\n}}\n'
+    return text + CHAINS
 
 
 def main(arguments):
@@ -469,6 +662,7 @@ def main(arguments):
     guard = os.environ.get("INSTANCES_GUARD") or "enforce"
     if guard not in ("enforce", "observe"):
         raise ValueError(f"INSTANCES_GUARD={guard}: it is enforce or observe")
+    prefixes = [slaac_prefix(text.strip()) for text in os.environ.get("INSTANCES_SLAAC", "").split(",") if text.strip()]
     names = listed("INSTANCES_ADDRESS_SETS", "host", is_name)
     domains = listed("INSTANCES_HOSTS_DOMAIN", ".instance.internal", is_domain)
     domains = dict.fromkeys("." + domain.removeprefix(".") for domain in domains)
@@ -481,7 +675,7 @@ def main(arguments):
         registry = read_registry(base + ".json")
         instances, warnings = read_instances(registry)
         hosts, sets = hosts_text(instances, domains), sets_text(instances, names)
-        chains = chains_text(instances, "accept" if guard == "observe" else "drop")
+        chains = chains_text(instances, prefixes, "accept" if guard == "observe" else "drop")
         replace_file(base + ".hosts", hosts)
         replace_file(base + ".nftables_chains", chains)
         replace_file(base + ".nftables_sets", sets)

@@ -1,32 +1,33 @@
 #!/usr/bin/env python3
 """Keep the registry of instances: run by dnsmasq for every lease, and by administrators.
 
-The registry is a JSON file with one object per instance, keyed by MAC address. It is replaced as a whole, under a lock,
-by a run that changes it. Most of dnsmasq's runs change nothing, take no lock, and must cost little more than Python's
-start: so most imports wait until they are needed, and there are no annotations, whose compilation takes 0.7 ms.
+usage: instances-update.py add|old MAC IP [HOSTNAME]            what dnsmasq tells of a lease, or you enter by hand
+       instances-update.py --initialize INTERFACE NAME          register an interface of this host
+       instances-update.py --rename INSTANCE NAME               name an instance
+       instances-update.py --allow INSTANCE [IP|NETWORK ...]    what else it may send from, in place of what was allowed
+       instances-update.py --remove INSTANCE                    remove an instance
+       instances-update.py --edit                               edit a copy of the registry, and put it in place
+
+INSTANCE is a name or a MAC address. That of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
+The registry is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID].json, /var/lib/misc/instances.json by default.
+Exit status: 0 done or nothing to do, 1 error, 2 wrong usage.
 """
 
-import gc
+# Most of dnsmasq's runs change nothing, take no lock, and must cost little more than Python's start: so most imports
+# wait until they are needed, and there are no annotations, whose compilation takes 0.7 ms.
 import os
 import sys
 from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton  # the module socket takes 6 ms to import
 
-USAGE = """\
-usage: instances-update.py add|old MAC IP [HOSTNAME]      what dnsmasq tells of a lease
-       instances-update.py --initialize INTERFACE NAME    register an interface of this host
-       instances-update.py --rename MAC NAME              name an instance
-       instances-update.py --allow MAC [IP|NETWORK ...]   let an instance send from these, too, and from no others
-       instances-update.py --remove MAC                   remove an instance
-       instances-update.py --help
-
-The MAC address of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
-The registry is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID].json, /var/lib/misc/instances.json by default.
-Exit status: 0 done or nothing to do, 1 error, 2 wrong usage."""
-
 LEASED = ("ipv4", "ipv6_gua", "ipv6_ula")  # the fields of a registry's addresses that a lease can set
+IGNORED = ("del", "init", "tftp", "arp-add", "arp-del", "relay-snoop")  # other actions of dnsmasq's
+SERVICES = ("isatap", "localhost", "wpad")  # names that programs look for by themselves: no lease gives them
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
+VERSION = "1.0"
+
+
 def say(message, descriptor=2):
     """Write one line of printable ASCII, on standard error unless told otherwise."""
     line = ascii(f"{os.path.basename(sys.argv[0])}: {message}")[1:-1]
@@ -45,19 +46,11 @@ def base_path():
     return f"{path}-{suffix}" if suffix else path
 
 
-RANGES = (  # first, end, field; written out, since those of the module ipaddress change with Python
-    (b"\xfe\x80", b"\xfe\xc0", "ipv6_lla"),  # fe80::/10, RFC 4291, section 2.5.6
-    (b"\xfc", b"\xfe", "ipv6_ula"),  # fc00::/7, RFC 4193, section 3.1
-    (b"\x20\x01\x0d\xb8", b"\x20\x01\x0d\xb9", ""),  # 2001:db8::/32, documentation, RFC 3849
-    (b"\x3f\xff", b"\x3f\xff\x10", ""),  # 3fff::/20, documentation, RFC 9637
-    (b"\x20", b"\x40", "ipv6_gua"),  # 2000::/3, RFC 3587, section 3
-)
-
-
 def is_mac(text):
-    """Tell whether this is an Ethernet address as the registry has it: lower case, with colons."""
+    """Tell whether this is one station's Ethernet address as the registry has it: lower case, with colons."""
     digits = text.replace(":", "")
-    return len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
+    plain = len(digits) == 12 and text[2::3] == ":::::" and not digits.strip("0123456789abcdef")
+    return plain and digits[1] in "02468ace"
 
 
 def is_name(text):
@@ -69,27 +62,33 @@ def is_name(text):
 def parse_address(text):
     """Return an address's field ("" if its kind has none) and RFC 5952 form. ValueError if it is no address."""
     try:
-        if ":" not in text:
-            inet_pton(AF_INET, text)
-            return "ipv4", text
-        packed = inet_pton(AF_INET6, text)
+        packed = inet_pton(AF_INET6 if ":" in text else AF_INET, text)
     except (OSError, TypeError, ValueError):
         raise ValueError(f"{text}: not an IP address") from None
-    field = next((field for first, end, field in RANGES if first <= packed < end), "")
-    return field, inet_ntop(AF_INET6, packed)
+    if len(packed) == 4:
+        return "ipv4", text
+    # RFC 3587; documentation: RFC 3849, RFC 9637; RFC 4193, section 3.1; RFC 4291, section 2.5.6. Written out, since
+    # what the module ipaddress says changes with Python
+    first = packed.hex()
+    gua = "2" <= first < "4" and not first.startswith(("20010db8", "3fff0"))
+    other = "ipv6_ula" if "fc" <= first < "fe" else "ipv6_lla" if "fe8" <= first < "fec" else ""
+    return "ipv6_gua" if gua else other, inet_ntop(AF_INET6, packed)
 
 
 def parse_allowed(text):
     """Return an address or network to be allowed as a network of the module ipaddress. ValueError if it must not be."""
     import ipaddress
 
+    network = ipaddress.ip_network(text)
     if "%" in text:
         raise ValueError(f"{text}: an address without a zone, please")
-    network = ipaddress.ip_network(text)
-    # Unspecified, link-local and multicast: RFC 6890, section 2.2, and RFC 5771; RFC 4291, section 2.4
-    for never in ("0.0.0.0/32", "169.254.0.0/16", "224.0.0.0/4", "::/128", "fe80::/10", "ff00::/8"):
-        if network.overlaps(ipaddress.ip_network(never)):
-            raise ValueError(f"{text}: has addresses of {never}, which can't be allowed")
+    if not network.prefixlen:
+        raise ValueError(f"{text}: can't be allowed: a port that leads to a router is an uplink in bridge.nft")
+    # Unspecified, of the host itself, link-local, multicast, broadcast: RFC 6890, section 2.2; RFC 4291, section 2.4
+    never = ["0.0.0.0/32", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32"]
+    for other in [*never, "::/127", "fe80::/10", "ff00::/8"]:
+        if network.overlaps(ipaddress.ip_network(other)):
+            raise ValueError(f"{text}: has addresses of {other}, which can't be a guest's")
     return network
 
 
@@ -104,8 +103,8 @@ def locked(base):
     return FileLock(base + ".lock", timeout=10).acquire()
 
 
-def read_registry(path):
-    """Return the registry, empty where there is no file. ValueError if it is not an object of objects."""
+def read_registry(path, lenient=False):
+    """Return the registry, {} where there is no file. ValueError if it is no object of objects; if lenient, {}."""
     import json
 
     try:
@@ -117,6 +116,8 @@ def read_registry(path):
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
+        if lenient:
+            return {}
         raise ValueError(f"{path}: mend it or move it away: {error}") from None
 
 
@@ -164,10 +165,13 @@ def run(main):
     """Return main's exit status; an error becomes one line and the status 1."""
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
+        if sys.argv[1:] == ["--version"]:
+            return say(VERSION, 1) or 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
-        say(f"error: {str(error) or 'interrupted'}")
+        root = ": run it as root" if isinstance(error, PermissionError) and os.geteuid() else ""
+        say(f"error: {str(error) or 'interrupted'}{root}")
         return 1
 
 
@@ -180,32 +184,45 @@ def link_local(mac):
     return inet_ntop(AF_INET6, b"\xfe\x80" + bytes(6) + bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:])
 
 
+def label(registry, mac):
+    """Return how messages call an instance."""
+    return f"{mac} {registry[mac].get('name') or '(no name)'}"
+
+
 def others(registry, mac, field, value):
     """Return the MAC addresses of the other instances that have an address, or a name in any case (RFC 4343)."""
-    if field == "name":
-        return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value.lower()]
-    return [m for m, i in registry.items() if m != mac and i.get(field) == value]
+    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value.lower()]
 
 
-def assign(registry, mac, field, value, holders):
-    """Give a name or address to one instance and take it from its other holders; return whether that changed any."""
-    for other in holders:
-        if field == "name":
-            registry[other]["name"] = ""
-        else:
+def take(registry, mac, field, value):
+    """Take a name or an address from all other instances; return from whom, in words."""
+    taken = ""
+    for other in others(registry, mac, field, value):
+        taken += f" (taken from {label(registry, other)})"
+        registry[other][field] = ""
+        if field != "name":
             del registry[other][field]
-    changed = bool(holders) or registry[mac].get(field) != value
-    registry[mac][field] = value
-    return changed
+    return taken
 
 
-def register(registry, mac, ip, hostname, kind):
+def is_in(address, networks):
+    """Tell whether an address is in one of these networks, which may be anything: a registry is edited by hand."""
+    from ipaddress import ip_address, ip_network
+
+    for network in networks if isinstance(networks, list) else []:
+        try:
+            if ip_address(address) in ip_network(network):
+                return True
+        except (TypeError, ValueError):
+            continue
+
+
+def register(registry, mac, ip, hostname, kind, keepers=()):
     """Enter a lease; return what changed, "" if nothing did, and warnings. A bad host name is no error.
 
-    The kind is "by hand", "add", "old" or "reminder". By hand, an address is taken from whoever has it, and a known
-    instance stays without a name. Of dnsmasq's, only an "add" of IPv4 says that a former lease of the address is over:
-    by DHCPv6 Rebind it gives anybody any address of the prefix, and by another's DUID anybody can end a lease. An "old"
-    comes for that, too, and a reminder may be of a lease before the last.
+    The kind is "by hand", "add", "old" or "reminder", which may be of a lease before the last. By hand, an address is
+    taken from whoever has it. Of dnsmasq's, only an "add" of IPv4 says that a former lease of the address is over: by
+    DHCPv6 Rebind it gives anybody any address of the prefix, and by another's DUID anybody can end a lease.
     """
     field, address = parse_address(ip)
     changes, warnings = [], []
@@ -219,92 +236,105 @@ def register(registry, mac, ip, hostname, kind):
             changes = changes or ["named"]
         elif changes:
             warnings.append(f"{mac} stays without a name: {hostname} is taken, or not a name")
-    holders = others(registry, mac, field, address)
+    old, holders = instance.get(field), others(registry, mac, field, address)
+    if kind != "by hand":
+        kept = [m for m, i in registry.items() if m != mac and i.get("allowed") and is_in(address, i["allowed"])]
+        kept += holders if kind != "add" or field != "ipv4" else []
+        keepers = [*keepers, *(label(registry, other) for other in kept)]
     if field not in LEASED and address != instance.get("ipv6_lla"):  # with its own, a guest is entered before its lease
         warnings.append(f"{mac}: {address} is not registered, being neither global nor unique local")
-    elif holders and kind != "by hand" and (kind != "add" or field != "ipv4"):
-        warnings.append(f"{mac}: {address} is not registered, {holders[0]} has it")
-    elif kind == "reminder" and instance.get(field) not in (None, "", address):
-        warnings.append(f"{mac} keeps {instance[field]}: {address} is not registered")
-    elif assign(registry, mac, field, address, holders):
-        changes.append(f"{field} {address}")
-    return f"{mac} {instance.get('name', '')}: {', '.join(changes)}" if changes else "", warnings
+    elif keepers and (holders or old != address):
+        warnings.append(f"{mac}: {address} is not registered, {keepers[0]} has it")
+    elif kind == "reminder" and old and old != address:
+        warnings.append(f"{mac} keeps {old}: {address} is not registered")
+    elif holders or old != address:
+        instance[field] = address
+        before = f" in place of {old}" if old and old != address else ""
+        changes.append(f"{field} {address}{before}{take(registry, mac, field, address)}")
+    return label(registry, mac) + ": " + ", ".join(changes) if changes else "", warnings
 
 
 def initialize(registry, mac, fields):
-    """Replace the name and addresses of the instance of a host's interface; return as register does."""
+    """Replace the name, the addresses and what is allowed of a host's interface; return as register does."""
     old = registry.get(mac, {})
-    registry[mac] = {k: v for k, v in old.items() if k not in LEASED} | fields
-    taken = [assign(registry, mac, *item, others(registry, mac, *item)) for item in fields.items()]  # from others
-    return f"{mac} {fields['name']}: initialized" if any(taken) or registry[mac] != old else "", []
+    registry[mac] = {k: v for k, v in old.items() if k not in (*LEASED, "allowed")} | fields
+    own = [(field, value) for field, value in fields.items() if field != "allowed"]
+    own += [(parse_address(address)[0], address) for address in fields.get("allowed", [])]
+    taken = [value + taken for field, value in own if (taken := take(registry, mac, field, value))]
+    changed = taken or registry[mac] != old
+    return label(registry, mac) + ": " + ", ".join(["initialized", *taken]) if changed else "", []
+
+
+def change_instance(registry, change, text, *arguments):
+    """Do change(registry, mac, *arguments) to the instance that has this MAC address or name; return as it does."""
+    mac = text.lower()
+    if not is_mac(mac) and not is_name(text):
+        raise ValueError(f"{text}: neither a MAC address, such as 10:66:6a:00:00:01, nor a name")
+    found = [mac] if mac in registry else others(registry, "", "name", text)
+    return change(registry, found[0], *arguments) if found else ("", [f"{text}: no such instance"])
 
 
 def rename(registry, mac, name):
     """Name an instance; return as register does."""
-    if mac not in registry:
-        return "", [f"{mac}: no such instance"]
-    holders = others(registry, mac, "name", name)
-    if not assign(registry, mac, "name", name, holders):
-        return "", []
-    return f"{mac} {name}: renamed" + "".join(f", {other} has no name now" for other in holders), []
+    old, registry[mac]["name"] = registry[mac].get("name"), name
+    taken = take(registry, mac, "name", name)
+    return f"{mac} {name}: renamed{taken}" if taken or name != old else "", []
 
 
 def allow(registry, mac, *texts):
     """Let an instance send from these addresses and networks, and no longer from others; return as register does."""
-    from ipaddress import ip_address
-
-    if mac not in registry:
-        return "", [f"{mac}: no such instance"]
-    networks = {parse_allowed(text) for text in texts}
+    networks = sorted({parse_allowed(text) for text in texts}, key=lambda n: (n.version, n))
     for other, instance in registry.items():
-        for address in [instance[field] for field in LEASED if instance.get(field) and other != mac]:
-            for network in networks:
-                if ip_address(address) in network:
-                    raise ValueError(f"{network}: {other} {instance.get('name', '')} has {address}")
-    ordered = sorted(networks, key=lambda network: (network.version, network))
-    new = [str(n.network_address if n.num_addresses == 1 else n) for n in ordered]
+        for address in map(instance.get, LEASED):
+            if other != mac and is_in(address, networks):
+                raise ValueError(f"{' '.join(texts)}: {label(registry, other)} has {address}")
+    new = [str(n.network_address if n.num_addresses == 1 else n) for n in networks]
     old = registry[mac].pop("allowed", [])
-    if new:
-        registry[mac]["allowed"] = new
-    message = f"{mac} {registry[mac].get('name', '')}: allowed {', '.join(new) or 'nothing more'}"
-    return message if new != old else "", []
+    registry[mac] |= {"allowed": new} if new else {}
+    return label(registry, mac) + ": allowed " + (", ".join(new) or "nothing more") if new != old else "", []
 
 
 def remove(registry, mac):
     """Remove an instance; return as register does."""
-    if mac not in registry:
-        return "", [f"{mac}: no such instance"]
-    again = f"{mac} comes back with a lease that dnsmasq still has: dhcp_release ends that"
-    return f"{mac} {registry.pop(mac).get('name', '')}: removed", [again]
+    message = label(registry, mac) + ": removed"
+    again = f"{mac} comes back if dnsmasq has a lease of it: run instances-release before --remove"
+    return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
+
+
+def put(registry, before, edited, copy):
+    """Put in place what was edited; return as register does. ValueError if somebody else has changed that, too."""
+    macs = [mac for mac in before | edited if before.get(mac) != edited.get(mac)]
+    for mac in macs:
+        if registry.get(mac) != before.get(mac):
+            raise ValueError(f"{mac} was changed meanwhile: your edit is not put in place, and stays in {copy}")
+        if mac in edited:
+            registry[mac] = edited[mac]
+        else:
+            del registry[mac]
+    return ", ".join(macs) + ": edited" if macs else "", []
 
 
 def registry_text(registry):
-    """Return the registry as json.dumps(registry, indent=2) has it, and a line break."""
+    """Return the registry as the file has it."""
     import json
 
-    # The same in half the time, where all braces are the registry's own. JSON escapes line breaks in strings.
-    text = json.dumps(registry, separators=(",\n    ", ": "), check_circular=False)
-    if "[" in text or text.count("{") != len(registry) + 1 or not all([registry, *registry.values()]):
-        return json.dumps(registry, indent=2) + "\n"
-    text = text.replace("},\n    ", "\n  },\n  ").replace("{", "{\n    ")
-    return f"{{\n  {text[6:-2]}\n  }}\n}}\n"
+    return json.dumps(registry, indent=2) + "\n"
 
 
 def is_registered(text, mac, field, address, hostname):
-    """Tell whether a registry's JSON (bytes) has a lease already, and no use for its host name, without parsing it.
-
-    It is found only as json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is
-    indented evenly only an instance begins with two spaces and has its fields behind four.
-    """
+    """Tell, without parsing a registry's JSON (bytes), whether a lease would change nothing."""
+    # As json.dumps(registry, indent=2) and jq write it: strings have no line breaks, and of what is indented evenly
+    # only an instance begins with two spaces and has its fields behind four
     start = text.rfind(f'\n  "{mac}": {{\n'.encode())  # the last: of two with one key, JSON has that one
     instance = text[start : text.find(b"\n  }", start) + 1]  # empty if there is none
     line = f'\n    "{field}": "{address}"'.encode()
+    named = b'\n    "name": "' in instance and b'\n    "name": ""' not in instance
     return (
         (line + b",\n" in instance or line + b"\n" in instance)
         and instance.count(f'"{field}"'.encode()) == 1  # no second field, which would count
         and text.count(f'"{address}"'.encode()) == 1  # nobody else has the address
         and text.endswith((b"\n  }\n}\n", b"\n  }\n}"))  # the file is not cut off
-        and not (hostname and b'\n    "name": ""' in instance and is_name(hostname))  # no name that may be given
+        and (named or not hostname or not is_name(hostname))
     )
 
 
@@ -313,60 +343,58 @@ def interface_fields(interface):
     import json
     import subprocess
 
-    result = subprocess.run(["ip", "-json", "address", "show", "dev", interface], capture_output=True)
-    if result.returncode:
-        raise ValueError(f"{interface}: {result.stderr.decode().strip()}")
-    link = next(filter(None, json.loads(result.stdout)), {})
+    result = subprocess.run(["ip", "-json", "address", "show", "dev", interface], capture_output=True, text=True)
+    link = next(filter(None, json.loads(result.stdout or "[]")), {})
     if link.get("link_type") != "ether":
-        raise ValueError(f"{interface}: has no Ethernet address")
-    fields = {}
-    for entry in link["addr_info"]:
+        raise ValueError(f"{interface}: {result.stderr.strip() or 'has no Ethernet address'}")
+    fields, further = {}, set()
+    for entry in (entry for entry in link["addr_info"] if not entry.get("temporary")):
         field, address = parse_address(entry["local"])
-        if field and not (entry.get("temporary") or entry.get("deprecated")):
+        if field and not entry.get("deprecated"):
             fields.setdefault(field, address)  # the first: a primary one
-            if field in ("ipv6_gua", "ipv6_ula") and entry["prefixlen"] <= 64:
-                prefix = f"{interface} has {address}/{entry['prefixlen']}"
-                say(f"warning: {prefix}: what guests make of a prefix of 64 or fewer bits by SLAAC is not registered")
+        if field in LEASED and not address.startswith("169.254."):
+            further.add(address)
     fields.setdefault("ipv6_lla", link_local(link["address"]))  # a bridge without a port has none yet
+    if further := further - {*fields.values()}:
+        fields["allowed"] = sorted(further, key=lambda a: (":" in a, inet_pton(AF_INET6 if ":" in a else AF_INET, a)))
     return link["address"], fields
+
+
+def is_own(address):
+    """Tell whether this host has an address now, registered or not."""
+    entry = inet_pton(AF_INET6, address).hex() if ":" in address else f"|-- {address}\n"
+    try:
+        with open("/proc/net/if_inet6" if ":" in address else "/proc/net/fib_trie") as file:
+            found = file.read().split(entry)[1:]
+    except OSError:  # a host without IPv6, or AppArmor
+        return False
+    return any(":" in address or "/32 host LOCAL" in after.partition("|--")[0] for after in found)
 
 
 def version(path):
     """Return what is another after each replacement or edit of a file, None where there is no file."""
-    if os.path.exists(path):
-        status = os.stat(path)
-        return status.st_ino, status.st_mtime_ns, status.st_size
+    status = os.stat(path) if os.path.exists(path) else None
+    return status and (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def change_registry(change, follower=False):
     """Change the registry by change(registry) and make the marker; return what change returned.
 
-    Programs in examples load this file and call this: nobody else takes the lock, reads and replaces. change(registry)
-    changes the registry in place and nothing else, and returns a pair: what it changed (false: nothing, and nothing is
-    written) and warnings. It is called without the lock first, so that who changes nothing waits for nobody, and under
-    the lock again, with the registry read anew, if somebody was faster. ValueError on a host that follows another, or
-    from change: nothing is changed. The follower itself is not refused, and replaces also what is no registry.
+    That is what it changed, in place (false: nothing, and nothing is written), and warnings. It is called without the
+    lock, so that who changes nothing waits for nobody, and again under it if somebody was faster. ValueError on a host
+    that follows another, but for the follower itself, which replaces also what is no registry.
     """
     base = base_path()
     path, follows = base + ".json", base + ".follows"
-
-    def read():
-        try:
-            return read_registry(path)
-        except ValueError:
-            if not follower:
-                raise
-            return {}
-
-    seen, registry = version(path), read()
+    seen, registry = version(path), read_registry(path, follower)
     result = change(registry)
     if result[0]:  # there is something to change
         with locked(base):
             if os.path.exists(follows) and not follower:  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            if version(path) != seen:  # somebody was first: decide again
-                registry = read()
+            if version(path) != seen:
+                registry = read_registry(path, follower)
                 result = change(registry)
             if result[0]:
                 make_marker(base)  # before the change, so that none is ever without it
@@ -374,16 +402,25 @@ def change_registry(change, follower=False):
     return result
 
 
-def update(change, mac, *arguments):
-    """Change the registry by change(registry, mac, *arguments), and say what changed; return the exit status."""
-    if not is_mac(mac):
-        raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
-    gc.disable()  # there is no garbage to look for
-    message, warnings = change_registry(lambda registry: change(registry, mac, *arguments))
+def report(change, *arguments):
+    """Change the registry by change(registry, *arguments), and say what changed; return the exit status."""
+    message, warnings = change_registry(lambda registry: change(registry, *arguments))
     for warning in warnings:
-        say(f"warning: {warning}")
-    if message:
-        say(message, 1)
+        say("warning: " + warning)
+    return say(message, 1) or 0 if message else 0
+
+
+def edit():
+    """Have a copy of the registry edited, and put in place what was edited of it; return the exit status."""
+    path = base_path() + ".json"
+    before, copy = read_registry(path), f"{path}.{os.stat(path).st_mtime_ns}"
+    os.umask(0o177)  # the registry may be for root's eyes only
+    if not os.path.exists(copy):  # or else it is of an edit of the same registry that could not be put in place
+        replace_file(copy, registry_text(before))
+    if status := os.spawnlp(os.P_WAIT, "sh", "sh", "-c", '${EDITOR:-vi} "$0"', copy):
+        raise ValueError(f"the editor's exit status is {status}: nothing is changed, and {copy} stays")
+    report(put, before, read_registry(copy), copy)
+    os.unlink(copy)
     return 0
 
 
@@ -398,18 +435,25 @@ def lease(action, mac, ip, hostname="", *_):
             return 0
     mac = mac.lower()
     field, address = parse_address(ip)
+    name = hostname if by_hand or hostname.lower() not in SERVICES else ""
     path = base_path() + ".json"
     if os.path.exists(path):
         with open(path, "rb") as file:  # always whole, so without the lock
-            if is_registered(file.read(), mac, field, address, "" if by_hand else hostname):
+            if is_registered(file.read(), mac, field, address, "" if by_hand else name):
                 return 0
+    if not is_mac(mac):
+        raise ValueError(f"{mac}: not an Ethernet MAC address, such as 10:66:6a:00:00:01")
+    if by_hand and field == "ipv4":
+        parse_allowed(address)
     # Data are missing where no message of the client's is behind it: at a renewal, a SIGHUP, a restart
     kind = "reminder" if action == "old" and os.environ.get("DNSMASQ_DATA_MISSING") else action
-    return update(register, mac, address, hostname, "by hand" if by_hand else kind)
+    keepers = ["this host"] if not by_hand and is_own(address) else []
+    return report(register, mac, address, name, "by hand" if by_hand else kind, keepers)
 
 
 def main(arguments):
     """Do what the arguments say; return the exit status."""
+    changes = {"--rename": rename, "--allow": allow, "--remove": remove}
     match arguments:
         case ["add" | "old", _, _, *_]:
             return lease(*arguments)
@@ -417,19 +461,19 @@ def main(arguments):
             raise ValueError(f"{name}: not a name: a letter, then letters, digits, hyphens, 63 at most")
         case ["--initialize", interface, name]:
             mac, fields = interface_fields(interface)
-            return update(initialize, mac, {"name": name, **fields})
-        case ["--rename", mac, name]:
-            return update(rename, mac.lower(), name)
-        case ["--allow", mac, *texts]:
-            return update(allow, mac.lower(), *texts)
-        case ["--remove", mac]:
-            return update(remove, mac.lower())
+            return report(initialize, mac, {"name": name, **fields})
+        case ["--rename", _, _] | ["--allow", _, *_] | ["--remove", _]:
+            return report(change_instance, changes[arguments[0]], *arguments[1:])
+        case ["--edit"]:
+            return edit()
         case ["--help" | "-h" | "help", *_]:
-            os.write(1, f"{USAGE}\n".encode())
+            os.write(1, __doc__.partition("\n\n")[2].encode())
             return 0
-        case [action, *_] if action not in ("add", "old") and not action.startswith("-"):
+        case ["add" | "old", *_]:
+            pass
+        case [action, *_] if action in IGNORED or action[:1] != "-" and not os.isatty(2):
             return 0
-    os.write(2, f"{USAGE}\n".encode())
+    say(f"error: {' '.join(arguments) or 'nothing'}: no action with its arguments: see --help")
     return 2
 
 

@@ -188,8 +188,7 @@ step "observed"
 follow examples/adopting/README.md 'cp examples/nftables/bridge.nft'
 goes rogue || fail "the guard drops while it observes"
 follow examples/adopting/README.md 'nft list set'
-[ "$(grep -o '10:66:6a:4c:a1:.. counter' "$folder/output")" = '10:66:6a:4c:a1:66 counter' ] || failed "others would be dropped"
-grep -q 'packets [1-9].*goto' "$folder/output" || fail "no rule counts"
+[ "$(grep -o '10:66:6a:4c:a1:.. \. ".*" counter' "$folder/output" | cut -c 1-17 | sort -u)" = 10:66:6a:4c:a1:66 ] || failed "others would be dropped"
 
 step "enforced"
 follow examples/adopting/README.md 'nft flush set'

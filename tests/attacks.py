@@ -138,11 +138,18 @@ class Guarded:
             lambda: f"DHCPREPLY(br0) {self.addresses6[0]} {self.duid.hex(':')}" in self.log(), "a renewal over IPv6"
         )
 
-    def is_dropped(self, chain: str, attacker: Client, *frames, rule: str = "", ring: bool = False) -> None:
-        """Send frames, and wait until a chain, or its rules with this in their listing, has dropped as many."""
-        before = self.host.counted(chain, rule)
+    def is_dropped(self, reason: str, attacker: Client, *frames, some: int = 0, ring: bool = False) -> None:
+        """Send frames, and wait until the guard has dropped as many, or at least some of them, for this reason."""
+        before, number = self.host.dropped(frames[0].src, reason), some or len(frames)
         attacker.send(*map(bytes, frames), ring=ring)
-        wait_for(lambda: self.host.counted(chain, rule) >= before + len(frames), f"drops by {chain} {rule}")
+        wait_for(lambda: self.host.dropped(frames[0].src, reason) >= before + number, f"drops: {reason}")
+
+    def is_dropped_silently(self, attacker: Client, frame) -> None:
+        """Send a frame that is not counted, and one that is, which arrives later; return when that is dropped."""
+        before = self.host.dropped(attacker.mac)
+        attacker.send(bytes(frame))
+        self.is_dropped("other protocol", attacker, rarp(attacker))
+        assert self.host.dropped(attacker.mac) == before + 1
 
     @contextlib.contextmanager
     def without(self, chain: str, rule: str = ""):
@@ -152,6 +159,11 @@ class Guarded:
             yield
         finally:
             self.host.run("nft", "-f", self.rules)
+
+
+def rarp(attacker):
+    """Return a frame of a protocol that the guard does not let through."""
+    return scapy.Ether(src=attacker.mac, dst=EVERYONE, type=0x8035) / scapy.ARP(op=4, psrc=HOST4)
 
 
 def bootp(attacker, kind, *options, chaddr="", hlen=6, **fields):

@@ -109,7 +109,7 @@ guest_is() {
     not run sh -c "tail -n +$asked /run/guest | grep -x none" || fail "the guest got no lease"
     asked=$((lines + 1))
 }
-guard='nft list chain bridge instances guard | grep -q instances_drop_arp'
+guard='nft list chain bridge instances at_prerouting | grep -q instances_guard'
 name='busybox nslookup web.instance.internal 10.83.0.1 | grep -q "10\.83\.0\.1[0-9][0-9]$"'
 told() { until_true 20 "the journal has: $1" sh -c "journalctl -b -u instances.service | grep -q '$1'"; }
 # works: it has done its work, and waits for the next

@@ -25,14 +25,10 @@ DHCP_RANGES = (
     "2001:67c:83::100,2001:67c:83::1ff,80",
     "fd83:5eed::100,fd83:5eed::1ff,80",
 )
-DROPS = [{"goto": {"target": target}} for target in ("instances_drop", "instances_verdict")]
 HAS_BR_NETFILTER = Path("/proc/sys/net/bridge").exists()
 PATIENCE = int(os.environ.get("TEST_PATIENCE", "1"))  # how many times as slow as others a machine may be
 OPEN = []  # the namespaces that are there
 _numbers = itertools.count()
-
-CHAINS = [f"instances_drop_{end}" for end in ("arp", "ndp", "ip", "ip6", "dhcp", "rogue", "new", "lladdr")]
-CHAINS += ["instances_claim_target", "instances_claim_source"]
 
 
 @functools.cache
@@ -40,14 +36,6 @@ def has_ibrname() -> bool:
     """Tell whether this kernel can tell the bridge of a frame (README says what to do where it can't)."""
     rule = "table bridge t { chain c { meta ibrname br0 accept; }; }"
     return subprocess.run(["unshare", "--net", "nft", rule], capture_output=True).returncode == 0
-
-
-def chains_table(chains: Path) -> str:
-    """Return a table with the chains, and the rules to jump to them that their own comments show."""
-    uses = "\n".join(re.findall("^# Use: (.*)", chains.read_text(), re.MULTILINE))
-    hook = "chain {0} {{ type filter hook {0} priority filter; jump drops; }}\n"
-    body = f'include "{chains}"\nchain drops {{\n{uses}\n}}\n{hook.format("input")}{hook.format("forward")}'
-    return "table {0}\ndelete table {0}\ntable {0} {{\n{1}}}\n".format("bridge instances", body)
 
 
 # What both DHCP clients run, each with variables of its own, to take an address and to tell that it did.
@@ -360,7 +348,9 @@ class Host(Namespace):
         self.run(*self.applying())
         service = 'while sleep 0.05; do flock "$0.service" sh -c \'[ ! -e "$0" ] || "$@"\' "$0" "$@"; done'
         with open(self.folder / "service.log", "w") as log:
-            self.start("sh", "-c", service, f"{self.base}.updated", *self.applying(), stdout=log, stderr=log)
+            self.service = self.start(
+                "sh", "-c", service, f"{self.base}.updated", *self.applying(), stdout=log, stderr=log
+            )
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
 
     def br_netfilter(self, on: bool) -> None:
@@ -375,7 +365,7 @@ class Host(Namespace):
         for installed, here in (("/var/lib/misc", self.folder), ("/usr/local/sbin", TOP)):
             text = text.replace(installed, str(here))
         if not has_ibrname():
-            text = re.sub("^ *meta ibrname .*\n", "", text, flags=re.MULTILINE)
+            text = re.sub("^ *meta [io]brname .*\n", "", text, flags=re.MULTILINE)
         copy.write_text(text)
         return copy
 
@@ -395,25 +385,21 @@ class Host(Namespace):
         new.write_bytes(Path(f"{self.base}.hosts").read_bytes())
         new.rename(self.folder / "hosts.d" / "instances.hosts")
 
-    def load_chains(self) -> None:
-        """Replace our table by the chains as they are now."""
-        self.run("nft", "-f", "-", input=chains_table(Path(f"{self.base}.nftables_chains")))
-
     def registry(self) -> dict:
         """Return the registry, empty if there is none."""
         path = Path(f"{self.base}.json")
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def dropped(self, *chains: str) -> int:
-        """Return how many frames some of our chains have dropped."""
-        listing = json.loads(self.run("nft", "-j", "list", "table", "bridge", "instances").stdout)["nftables"]
-        rules = [i["rule"]["expr"] for i in listing if "rule" in i and i["rule"]["chain"] in chains]
-        rules = [rule for rule in rules if any(drop in rule for drop in DROPS)]
-        return sum(e["counter"]["packets"] for rule in rules for e in rule if "counter" in e)
+    def dropped(self, sender: str = "", reason: str = "") -> int:
+        """Return how many frames the guard has dropped, of one sender and for one reason if these are given."""
+        listing = json.loads(self.run("nft", "-j", "list", "set", "bridge", "instances", "instances_dropped").stdout)
+        elements = [element["elem"] for element in listing["nftables"][1]["set"].get("elem", [])]
+        rows = [(*element["val"]["concat"], element["counter"]["packets"]) for element in elements]
+        return sum(count for mac, why, count in rows if sender in ("", mac) and reason in ("", why))
 
     def rules(self, chain: str, text: str = "") -> dict[str, int]:
-        """Return handles of a chain's rules with this in their listing, and what each counted. A chain of another table
-        than the guard's has its family and table in front."""
+        """Return handles of a chain's rules with this in their listing, and what each has counted. A chain of another
+        table than the guard's has its family and table in front."""
         place = chain if " " in chain else f"bridge instances {chain}"
         listing = self.run("nft", "-a", "list", "chain", *place.split()).stdout
         # nftables 1.1 lists masks as hexadecimal numbers
@@ -422,9 +408,9 @@ class Host(Namespace):
         count = re.compile(r"counter packets (\d+)")
         return {line.rpartition(" ")[2]: int((count.search(line) or (0, 0))[1]) for line in rules}
 
-    def counted(self, chain: str, text: str = "") -> int:
-        """Return how many frames such rules have counted."""
-        return sum(self.rules(chain, text).values())
+    def counted(self, chain: str) -> int:
+        """Return how many frames the counters of a chain's rules have counted."""
+        return sum(self.rules(chain).values())
 
     def take_out(self, chain: str, text: str = "") -> None:
         """Delete such rules."""

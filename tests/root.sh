@@ -110,7 +110,7 @@ add_project() {
 # fit_kernel: from that copy it takes, as README says, what the kernel here can't do
 fit_kernel() {
     unshare --net nft 'table bridge t { chain c { meta ibrname br0 accept; }; }' 2>/dev/null ||
-        sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/nftables/bridge.nft" \
+        sed -i '/^ *meta [io]brname /d' "$root/root/instances/examples/nftables/bridge.nft" \
             "$root/root/instances/examples/network/network.nft"
 }
 

@@ -91,7 +91,7 @@ table bridge count {
     set asked { type ether_addr; size 100; flags dynamic; }
     set answered { type ether_addr; size 100; flags dynamic; }
     chain before {
-        type filter hook input priority -10;
+        type filter hook prerouting priority -250;
         arp operation request arp saddr ip 0.0.0.0 update @probed { ether saddr counter }
         udp dport { 67, 547 } update @asked { ether saddr counter }
     }
@@ -222,9 +222,10 @@ def guest(request, guests):
     return guests[request.param]
 
 
-def test_client_gets_registered_addresses_with_which_it_reaches_the_host(guest):
+def test_client_gets_registered_addresses_with_which_it_reaches_the_host_and_nothing_is_dropped(guest):
     guest.wait_in_use()
     print(guest.client.label, "at its first start:", guest.counted())
+    assert not guest.client.host.dropped(guest.client.mac)
 
 
 def test_clients_reach_each_other(guests):

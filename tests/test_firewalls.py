@@ -77,15 +77,15 @@ class Guests(Guarded):
 
     def reached(self) -> set[str]:
         """Return which of the checks succeed, none of them by what neighbours' caches still have."""
-        self.host.run("nft", "flush", "set", "bridge", "instances", "asked")
+        self.host.run("nft", "flush", "set", "bridge", "instances", "instances_asked")
         for node in (self.host, self.victim, self.inside):
             node.run("ip", "neighbour", "flush", "all")
         with ThreadPoolExecutor(len(CHECKS)) as pool:
             results = pool.map(lambda check: check(self), CHECKS.values())
             return {name for name, success in zip(CHECKS, results) if success}
 
-    def forge(self, version: int, source: str, chain: str, heard) -> None:
-        """Check that a chain keeps what is sent from the victim's address away from a server, which else hears it."""
+    def forge(self, version: int, source: str, heard) -> None:
+        """Check that the guard keeps what is sent from the victim's address away from a server, which else hears it."""
 
         def is_heard(sender, text):
             frame = datagram(sender, source, INSIDE[version]) / f"{text} {version}".encode()
@@ -93,11 +93,11 @@ class Guests(Guarded):
             sender.send(bytes(frame))
             return f"{text} {version}" in heard()
 
-        with self.without(chain):
+        with self.without(f"instances_drop_ip{'6' if version == 6 else ''}"):
             wait_for(lambda: is_heard(self.registered, "open"), "a forged datagram")
-        dropped = self.host.counted(chain)
+        dropped = self.host.dropped(self.registered.mac, f"IPv{version} source")
         is_heard(self.registered, "guarded")
-        wait_for(lambda: self.host.counted(chain) > dropped, "its drop")
+        wait_for(lambda: self.host.dropped(self.registered.mac, f"IPv{version} source") > dropped, "its drop")
         wait_for(lambda: is_heard(self.victim, "honest"), "an honest datagram")
         assert "guarded" not in heard()
 
@@ -269,8 +269,8 @@ def test_guard_drops_forged_datagrams_beside_it(guests, firewall):
     firewall.start()
     firewall.mend()
     with hearing(guests.inside) as heard:
-        guests.forge(4, guests.own["ipv4"], "instances_drop_ip", heard)
-        guests.forge(6, guests.own["ipv6_gua"], "instances_drop_ip6", heard)
+        guests.forge(4, guests.own["ipv4"], heard)
+        guests.forge(6, guests.own["ipv6_gua"], heard)
 
 
 def test_reload_leaves_the_guard_and_the_lines(guests, firewall):

@@ -25,11 +25,10 @@ from attacks import (
     own_duid,
     scapy,
 )
-from lab import CHAINS, wait_for
+from lab import wait_for
 
 pytestmark = pytest.mark.slow
 LLDP = "01:80:c2:00:00:0e"  # a group address that no bridge forwards
-GROUP4 = "239.83.0.1"
 BR_NETFILTER = [False, pytest.param(True, marks=NEEDS_BR_NETFILTER)]
 
 
@@ -75,7 +74,9 @@ def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind, br_n
             learnt = host.run("ip", "neighbour", "show", "dev", attacker.port).stdout
             return f"{forged} lladdr {attacker.mac}" in learnt or "forged" in heard()
 
-        bridge.is_dropped(chain, attacker, frame)
+        before = host.counted(chain)
+        attacker.send(bytes(frame))
+        wait_for(lambda: host.counted(chain) > before, "its drop")
         assert not arrived()
         with bridge.without(chain):
             wait_for(lambda: attacker.send(bytes(frame)) or arrived(), "an effect without the rule")
@@ -90,7 +91,9 @@ def test_solicitation_to_a_group_of_the_link_makes_nobody_another(bridge, br_net
     ip = scapy.Ether(src=attacker.mac, dst=LLDP) / scapy.IPv6(src=link_local(attacker.mac), dst=port, hlim=255)
     frame = ip / scapy.ICMPv6ND_NS(tgt=port) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=bridge.victim.mac)
     lease = bytes(dhcp6(bridge, attacker, scapy.DHCP6_Request, duid=own_duid(attacker), addresses=[]))
-    bridge.is_dropped("inet instances_group prerouting", attacker, frame)
+    before = host.counted("inet instances_group prerouting")
+    attacker.send(bytes(frame))
+    wait_for(lambda: host.counted("inet instances_group prerouting") > before, "its drop")
     assert not bridge.harm(attacker)
     with bridge.without("inet instances_group prerouting"):
         attacker.send(bytes(frame), lease)
@@ -108,12 +111,12 @@ def test_advertisement_in_two_pieces_of_memory_is_not_believed(bridge):
 
     learn()
     with bridge.without("before"):
-        bridge.is_dropped("instances_drop_ndp", attacker, frame)  # in one piece
+        bridge.is_dropped("NDP target", attacker, frame)  # in one piece
         assert host.neighbour(stolen) == bridge.victim.mac
         poisoned = "the victim's address to be the attacker's"
         wait_for(lambda: attacker.send(bytes(frame), ring=True) or host.neighbour(stolen) == attacker.mac, poisoned)
     learn()
-    bridge.is_dropped("instances_drop_ndp", attacker, frame, ring=True)
+    bridge.is_dropped("NDP target", attacker, frame, ring=True)
     assert host.neighbour(stolen) == bridge.victim.mac
 
 
@@ -126,10 +129,8 @@ def test_release_in_fragments_with_another_message_behind_the_first_ends_no_leas
         frames = split(frame, 32, bytes(4) + octets(attacker.mac) + bytes(10))
     else:
         frames = split(dhcp6(bridge, attacker, scapy.DHCP6_Release), 8, b"\1\0\0\7")
-    rule = "ip frag-off & 16383 != 0" if version == 4 else "exthdr frag exists counter"
-    before = bridge.host.counted("instances_drop_dhcp", rule)
-    attacker.send(*map(bytes, frames))
-    wait_for(lambda: bridge.host.counted("instances_drop_dhcp", rule) > before, "the drop of the first")
+    rule = "ip frag-off & 16383 != 0" if version == 4 else "exthdr frag exists goto"
+    bridge.is_dropped("malformed", attacker, *frames, some=1)
     assert not bridge.harm(attacker)
     with bridge.without("instances_drop_dhcp", rule):
         wait_for(lambda: attacker.send(*map(bytes, frames)) or bridge.harm(attacker), "the end of the victim's lease")
@@ -185,13 +186,10 @@ def test_reply_behind_options_in_fragments_gives_no_lease(bridge, disguise):
             options = scapy.IPv6ExtHdrDestOpt(nh=60) / scapy.IPv6ExtHdrDestOpt(nh=17)
             attacker.send(*map(bytes, split(ip / options / datagram, 8, trailer)))
 
-        def counted():
-            return host.counted("instances_drop_rogue", rule)
-
-        before = counted()
+        before = host.dropped(attacker.mac, "malformed")
         for _ in range(3):
             answer()
-        wait_for(lambda: counted() >= before + 3, "drops")
+        wait_for(lambda: host.dropped(attacker.mac, "malformed") >= before + 3, "drops")
         assert "BOUND6" not in client.events()
         with bridge.without("instances_drop_rogue", rule):
             wait_for(lambda: answer() or f"BOUND6 {address}" in client.events(), "the attacker's lease")
@@ -223,17 +221,17 @@ def test_reply_in_ipv4_that_nftables_cannot_parse_gives_no_lease(bridge):
             leases = client.folder / "leases4"
             return leases.exists() and f"fixed-address {address};" in leases.read_text()
 
-        rule = "ether type { ip, ip6 } counter"
-        before = host.counted("instances_drop_rogue", rule)
+        rule = "ether type { ip, ip6 } goto"
+        before = host.dropped(attacker.mac, "malformed")
         answer()
-        wait_for(lambda: host.counted("instances_drop_rogue", rule) >= before + 2, "drops")
+        wait_for(lambda: host.dropped(attacker.mac, "malformed") >= before + 2, "drops")
         assert not leased()
         with bridge.without("instances_drop_rogue", rule):
             wait_for(lambda: answer() or leased(), "the attacker's lease")
 
 
-def query(attacker, kind):
-    """Return a multicast query."""
+def query(attacker, source, kind):
+    """Return a message that only a multicast router sends, of IPv4 from this source."""
     ether = scapy.Ether(src=attacker.mac, dst=NODES)
     ip = scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1", hlim=1)
     options, message = scapy.IPv6ExtHdrHopByHop(options=[scapy.RouterAlert()]), scapy.ICMPv6MLQuery(mrd=1)
@@ -243,50 +241,57 @@ def query(attacker, kind):
         return ether / ip / options / scapy.AH(nh=58, payloadlen=2, icv=bytes(4)) / message
     if kind == "IPv6":
         return ether / ip / options / message
-    ip = scapy.IP(src="10.83.0.66", dst="224.0.0.1", ttl=1, proto=2, frag=100 if "fragment" in kind else 0)
-    return scapy.Ether(src=attacker.mac, dst="01:00:5e:00:00:01") / ip / igmp.IGMP(type=0x11, mrcode=1)
+    if kind == "discovery, IPv6":  # RFC 4286, section 3.1
+        ip.dst = "ff02::6a"
+        return ether / ip / options / scapy.ICMPv6Unknown(type=151, code=20, msgbody=bytes(4))
+    ether.dst = "01:00:5e:00:00:01"
+    if kind == "PIM":
+        return ether / scapy.IP(src=source, dst="224.0.0.13", ttl=1, proto=103) / scapy.Raw(b"\x20\0\xdf\xff")
+    ip = scapy.IP(src=source, dst="224.0.0.1", ttl=1, proto=2, frag=100 if "fragment" in kind else 0)
+    if kind == "discovery, IPv4":
+        ip.dst = "224.0.0.106"
+        return ether / ip / igmp.IGMP(type=0x30, mrcode=20)
+    return ether / ip / igmp.IGMP(type=0x11, mrcode=1)
 
 
-QUERIES = {  # what: (the version of what it cuts off, chain, its rule)
-    "IPv6": (6, "queries", "mld-listener-query"),
-    "behind a VLAN tag": (6, "at_prerouting", "8021q"),
-    "behind an Authentication Header": (6, "queries", "ah counter"),
-    "IPv4": (4, "queries", "membership-query"),
-    "IPv4 in a later fragment": (4, "queries", "ip frag-off"),  # and in two pieces of memory, or its type is read
+QUERIES = {  # what: (the reason of its drop, chain, its rule)
+    "IPv6": ("multicast query", "instances_drop_query", "icmpv6 type"),
+    "behind a VLAN tag": ("other protocol", "instances_guard", "other_protocol"),
+    "behind an Authentication Header": ("multicast query", "instances_drop_query", "exthdr hbh"),
+    "discovery, IPv6": ("multicast query", "instances_drop_query", "icmpv6 type"),
+    "IPv4": ("multicast query", "instances_drop_query", "igmp type"),
+    "IPv4 in a later fragment": (
+        "multicast query",
+        "instances_drop_query",
+        "ip frag-off",
+    ),  # and in two pieces of memory
+    "discovery, IPv4": ("multicast query", "instances_drop_query", "igmp type"),
+    "PIM": ("multicast query", "instances_drop_query", "pim goto"),
 }
 
 
 @pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
 @pytest.mark.parametrize("kind", QUERIES)
-def test_multicast_query_makes_the_bridge_send_multicast_to_nobody(bridge, kind, br_netfilter):
-    """A bridge that hears a query that the guests do not hear sends multicast, so also neighbour solicitations, only to
-    those who joined lately."""
-    attacker, host, (version, chain, rule) = bridge.unregistered, bridge.host, QUERIES[kind]
+def test_guest_that_speaks_as_a_multicast_router_is_not_believed(bridge, kind, br_netfilter):
+    """A bridge that believes it sends the guest all multicast, and multicast of others only to those who answered."""
+    attacker, host, (reason, chain, rule) = bridge.registered, bridge.host, QUERIES[kind]
     host.br_netfilter(br_netfilter)
-    frame = query(attacker, kind)
-    bridge.victim.set("net/ipv4/icmp_echo_ignore_broadcasts", "0")
-    bridge.victim.run("ip", "address", "replace", f"{GROUP4}/32", "dev", "eth0", "autojoin")
+    frame, ring = query(attacker, bridge.registry[attacker.mac]["ipv4"], kind), "fragment" in kind
 
-    def reached():
-        host.run("ip", "neighbour", "flush", "dev", "br0")
-        address = bridge.addresses6[0] if version == 6 else GROUP4
-        return host.run("ping", "-c", "1", "-W", "1", "-I", "br0", address, check=False).returncode == 0
+    def is_believed():
+        return f"router ports on br0: {attacker.port}" in host.run("bridge", "-d", "mdb", "show").stdout
 
-    # All groups were joined longer ago than the bridge remembers, and nobody has queried
-    for state in ("0", "1"):
-        host.run("ip", "link", "set", "br0", "type", "bridge", "mcast_snooping", state)
-    wait_for(reached, "the victim to be reached")
-    ring = "fragment" in kind
-    bridge.is_dropped(chain, attacker, frame, rule=rule, ring=ring)
-    assert reached()
+    for state in ("0", "1"):  # what was believed before is forgotten
+        host.run("ip", "link", "set", attacker.port, "type", "bridge_slave", "mcast_router", state)
+    bridge.is_dropped(reason, attacker, frame, ring=ring)
+    assert not is_believed()
     with bridge.without(chain, rule):
-        wait_for(lambda: attacker.send(bytes(frame), ring=ring) or not reached(), "a victim that is not reached")
-    wait_for(reached, "the query to be forgotten")
+        wait_for(lambda: attacker.send(bytes(frame), ring=ring) or is_believed(), "a router's port")
 
 
 LATER = {  # what nftables takes for a later fragment's destination port, and the chains that must not look at it
-    67: ("instances_drop_dhcp", "no_dhcp"),
-    547: ("instances_drop_dhcp", "no_dhcp"),
+    67: ("instances_ask", "instances_drop_dhcp", "instances_drop_request"),
+    547: ("instances_ask", "instances_drop_dhcp", "instances_drop_request"),
     68: ("instances_drop_rogue",),
     546: ("instances_drop_rogue",),
 }
@@ -296,7 +301,7 @@ RULES = {4: "ip frag-off & 8191 != 0", 6: "exthdr frag exists frag frag-off != 0
 @pytest.mark.parametrize("version", RULES)
 def test_later_fragment_that_looks_like_dhcp_arrives(bridge, version):
     """Of IPv4, nftables reads ports out of the fragment's data; of IPv6, out of the flow label."""
-    attacker, host, rule = bridge.registered, bridge.host, RULES[version]
+    attacker, rule = bridge.registered, RULES[version]
     kind = "ipv4" if version == 4 else "ipv6_gua"
     with hearing(bridge.victim) as heard:
         for port, chains in LATER.items():
@@ -304,11 +309,19 @@ def test_later_fragment_that_looks_like_dhcp_arrives(bridge, version):
             packet /= bytes(16) + port.to_bytes(4, "big") + f"port {port}".encode()
             if version == 6:
                 packet.fl = port
-            before = heard()
-            attacker.send(*map(bytes, split(packet, 24)))
-            wait_for(lambda p=port, b=before: f"port {p}" in heard()[len(b) :], f"a datagram that looks like {port}")
-            for chain in chains:
-                with bridge.without(chain, rule):
-                    dropped = host.dropped(*CHAINS, "no_dhcp")
-                    attacker.send(*map(bytes, split(packet, 24)))
-                    wait_for(lambda d=dropped: host.dropped(*CHAINS, "no_dhcp") > d, f"a drop by {chain}")
+
+            def arrives(packet=packet, port=port, before=""):
+                """Tell whether it comes before a datagram that is sent behind it."""
+                before, last = heard(), packet.copy()
+                last[scapy.UDP].payload = scapy.Raw(b"the last one")
+                last.fl = 0
+                attacker.send(*map(bytes, split(packet, 24)), bytes(last))
+                wait_for(lambda: "the last one" in heard()[len(before) :], "the datagram behind it")
+                return f"port {port}" in heard()[len(before) :]
+
+            wait_for(arrives, f"a datagram that looks like {port}")
+            for taken in (chains, chains[1:]) if "instances_ask" in chains else (chains,):
+                with contextlib.ExitStack() as without:
+                    for chain in taken:
+                        without.enter_context(bridge.without(chain, rule))
+                    assert not arrives(), taken

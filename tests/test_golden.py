@@ -9,10 +9,10 @@ def test_registry_and_outputs_are_those_of_the_example(golden_host):
 
 
 def test_chains_load_and_hold_each_address_with_its_mac(golden_host):
-    golden_host.load_chains()
+    golden_host.run("nft", "-f", golden_host.example("nftables/bridge.nft"))
     for entry, comment in (
         ("10.83.0.23 . 10:66:6a:4c:a1:13", "build-runner"),
         ("0xfd835eed000000000000000000000014 . 10:66:6a:4c:a1:14", "mail"),
     ):
         listing = golden_host.run("nft", "list", "table", "bridge", "instances").stdout
-        assert f'{entry} counter packets 0 bytes 0 comment "{comment}"' in listing
+        assert f'{entry} comment "{comment}"' in listing

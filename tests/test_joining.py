@@ -29,6 +29,17 @@ def in_use(client, *prefixes: str) -> bool:
     return all(client.addresses(prefix)[-1:] and client.addresses(prefix)[-1] in registered for prefix in prefixes)
 
 
+def test_first_frames_after_a_lease_pass_before_the_registry_is_in_force(guarded):
+    client = guarded.client("web", "10:66:6a:4c:a1:11")
+    guarded.stop(guarded.service)
+    client.dhcp4("web")
+    address = guarded.registry()[client.mac]["ipv4"]
+    assert address not in guarded.run("nft", "list", "set", "bridge", "instances", "instances_ip").stdout
+    assert client.pings("10.83.0.1") and not guarded.dropped(client.mac)
+    guarded.run("nft", "flush", "set", "bridge", "instances", "instances_leased")
+    assert not client.pings("10.83.0.1") and guarded.dropped(client.mac, "not registered")
+
+
 @pytest.mark.parametrize("forwarding", ["0", "1"])
 def test_ten_guests_that_start_at_once_are_all_registered_and_reach_the_host(guarded, forwarding):
     guarded.set("net/ipv4/ip_forward", forwarding)

@@ -54,16 +54,16 @@ def test_spoofed_pings_between_guests_are_dropped(bridge, prefix):
     attacker, target = bridge.registered, bridge.bystander
     source, destination = addresses(bridge.victim)[prefix], addresses(target)[prefix]
     if prefix == "10":
-        ping, chain = scapy.IP(src=source, dst=destination) / scapy.ICMP(), "instances_drop_ip"
+        ping, reason = scapy.IP(src=source, dst=destination) / scapy.ICMP(), "IPv4 source"
     else:
-        ping, chain = scapy.IPv6(src=source, dst=destination) / scapy.ICMPv6EchoRequest(), "instances_drop_ip6"
+        ping, reason = scapy.IPv6(src=source, dst=destination) / scapy.ICMPv6EchoRequest(), "IPv6 source"
     frame = scapy.Ether(src=attacker.mac, dst=target.mac) / ping
     bridge.guard(False)
     heard = echoes(target)
     wait_for(lambda: attacker.send(bytes(frame)) or echoes(target) > heard, "a spoofed ping without the guard")
     bridge.guard(True)
     heard = echoes(target)
-    bridge.is_dropped(attacker, frame, lambda: echoes(target) > heard, chain)
+    bridge.is_dropped(attacker, frame, lambda: echoes(target) > heard, reason)
 
 
 @pytest.mark.parametrize("attack", ["ARP reply", "advertisement"])

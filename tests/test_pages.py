@@ -75,7 +75,7 @@ class Machine(Host):
             (self.sbin / name).chmod(0o755)
         shutil.copytree(TOP, self.top, ignore=shutil.ignore_patterns(".git", "tests"))
         if not has_ibrname():
-            take_out = block("examples/nftables/README.md", "meta ibrname")
+            take_out = block("examples/nftables/README.md", "brname/d")
             self.shell(take_out.replace("/etc/instances", "examples/nftables"))
 
     def shell(self, commands: str, page: str = "README.md") -> str:
@@ -233,23 +233,23 @@ def test_nftables_recipe_for_a_64_leases_addresses_to_guests_that_make_none(tmp_
         host.close()
 
 
-def put_first_in_guard(machine, line: str) -> None:
-    """Put a line before the first one of chain guard, as the page says."""
-    rules = machine.etc / "instances" / "bridge.nft"
-    rules.write_text(rules.read_text().replace("    chain guard {\n", f"    chain guard {{\n{line}"))
+def put_before_the_guard(machine, line: str) -> None:
+    """Put a line before `goto instances_guard`, as the page says."""
+    rules, last = machine.etc / "instances" / "bridge.nft", "        goto instances_guard\n"
+    rules.write_text(rules.read_text().replace(last, line + last))
     machine.shell("instances-apply")
 
 
 def test_nftables_recipe_leaves_ipv6_alone(machine, guests):
     take(guests[0], "2001:67c:83::abcd/80")
     assert not guests[0].pings("2001:67c:83::1")
-    put_first_in_guard(machine, block("examples/nftables/README.md", "ether type ip6 return"))
+    put_before_the_guard(machine, block("examples/nftables/README.md", "ether type ip6 accept"))
     assert_answered(guests[0])
 
 
 def test_nftables_recipe_for_a_kernel_that_does_not_know_a_frames_bridge(machine):
     shutil.copy(EXAMPLES / "nftables" / "bridge.nft", machine.etc / "instances")
-    machine.follow("examples/nftables/README.md", "meta ibrname")
+    machine.follow("examples/nftables/README.md", "brname/d")
     machine.shell("nft -f /etc/instances/bridge.nft")
     assert "ibrname" not in machine.run("nft", "list", "ruleset").stdout
 

@@ -209,6 +209,7 @@ def test_empty_lists_take_their_defaults(base):
     assert sets_of(outputs(base)[".nftables_sets"])["host.v4.instance"] == ["10.0.0.1"]
 
 
+LINK_LOCAL = "0xfe80000000000000"
 HOSTILE = 'x" }\n}\ninclude "/etc/passwd"\nadd rule # {'
 
 
@@ -239,7 +240,8 @@ def test_invalid_entry_is_left_out_with_a_warning_and_reaches_no_output(base, re
     assert texts[".hosts"] == "" and "include" not in "".join(texts.values())
     sets = sets_of(texts[".nftables_sets"]) | sets_of(texts[".nftables_chains"].partition("chain")[0])
     assert sets.pop("all_v4.instance") == ["10.0.0.1"] and sets.pop("instances_ip") == [f"10.0.0.1 . {MAC}"]
-    assert not any(sets.values())
+    assert sets.pop("instances_taken") == ["0x00000000", "0x0a000001"] and sets.pop("instances_macs") == [MAC]
+    assert sets.pop("instances_prefixes") == [LINK_LOCAL] and not any(sets.values())
     check_nft(base)
 
 
@@ -295,8 +297,10 @@ def test_allowed_addresses_and_networks_are_elements_of_the_chains_sets_only(bas
     assert sorted(sets["instances_ip"]) == sorted(f"{a} . {m}" for a in ("10.0.0.1", "10.0.0.50") for m in both)
     assert sets["instances_ip6"] == [f"0x2001067c{0x50:024x} . {m}" for m in both]
     assert sets["instances_net"] == [f"10.9.0.0/24 . {m}" for m in both]
+    assert sets["instances_taken"] == ["0x00000000", "0x0a000001", "0x0a000032"]
+    assert sets["instances_taken6"] == [f"0x2001067c{0x50:024x}"] and sets["instances_macs"] == [MAC, OTHER]
     assert sets["instances_net6"] == [f"2001:67c:9::/64 . {m}" for m in both]
-    assert "10.0.0.50" not in texts[".hosts"] + texts[".nftables_sets"] and not sets["instances_reserved"]
+    assert "10.0.0.50" not in texts[".hosts"] + texts[".nftables_sets"]
     check_nft(base)
 
 
@@ -310,11 +314,13 @@ def test_invalid_allowed_entry_is_left_out_with_a_warning(base, item):
     assert result.stderr.count("warning: ") == (1 if item == ["10.0.0.1"] else 2)
     sets = sets_of(outputs(base)[".nftables_chains"].partition("chain")[0])
     others = [f"10.0.0.1 . {OTHER}"] if item == ["10.0.0.1"] else []
-    assert sets.pop("instances_ip") == [f"10.0.0.2 . {MAC}", *others] and not any(sets.values())
+    assert sets.pop("instances_ip") == [f"10.0.0.2 . {MAC}", *others] and sets.pop("instances_macs") == [MAC, OTHER]
+    assert sets.pop("instances_taken") == ["0x00000000", "0x0a000002", *["0x0a000001"] * len(others)]
+    assert sets.pop("instances_prefixes") == [LINK_LOCAL] and not any(sets.values())
     check_nft(base)
 
 
-def test_link_local_address_that_is_not_made_from_a_mac_address_is_reserved(base):
+def test_link_local_address_that_is_not_made_from_a_mac_address_is_taken(base):
     prepare(
         base,
         {
@@ -324,7 +330,25 @@ def test_link_local_address_that_is_not_made_from_a_mac_address_is_reserved(base
     )
     run(base)
     sets = sets_of(outputs(base)[".nftables_chains"].partition("chain")[0])
-    assert sets["instances_reserved"] == ["0xfe800000000000008099e2ff5d8a0032"]
+    assert sets["instances_taken6"] == ["0xfe800000000000008099e2ff5d8a0032"]
+
+
+def test_prefixes_in_which_guests_make_addresses_are_elements_beside_the_link_local_one(base):
+    prepare(base, {})
+    assert run(base, INSTANCES_SLAAC=" 2001:67c:83:1::/64,fd83:5eed:0:1::/64, ").returncode == 0
+    sets = sets_of(outputs(base)[".nftables_chains"].partition("chain")[0])
+    assert sets["instances_prefixes"] == [LINK_LOCAL, "0x2001067c00830001", "0xfd835eed00000001"]
+    check_nft(base)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["fe80::/64", "2001:db8::/64", "2001:67c:83::/80", "2001:67c:83::1/64", "10.0.0.0/24", "fd00::", "x"]
+)
+def test_prefix_in_which_guests_cannot_make_addresses_is_an_error(base, prefix):
+    prepare(base, {})
+    result = run(base, INSTANCES_SLAAC=f"2001:67c:84::/64,{prefix}")
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.count("\n") == 1
+    assert f"INSTANCES_SLAAC: {prefix}: " in result.stderr and base.with_suffix(".updated").exists()
 
 
 def test_guard_that_observes_lets_pass_and_any_other_word_is_an_error(base):

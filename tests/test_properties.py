@@ -51,6 +51,7 @@ INITIALIZE = st.tuples(
             "ipv4": st.just("10.0.0.1"),
             "ipv6_gua": st.just("2001:67c::1"),
             "ipv6_ula": st.just("fd00::1"),
+            "allowed": st.just(["10.0.0.2", "2001:67c::2"]),
         },
     ),
 )
@@ -68,10 +69,10 @@ def apply(update, registry, event):
         return update.initialize(registry, mac, *rest)
     if kind == "allow":
         try:
-            return update.allow(registry, mac, *rest[0])
+            return update.change_instance(registry, update.allow, mac, *rest[0])
         except ValueError:
             return "", []
-    return (update.rename if kind == "rename" else update.remove)(registry, mac, *rest)
+    return update.change_instance(registry, update.rename if kind == "rename" else update.remove, mac, *rest)
 
 
 def copy(registry):
@@ -146,7 +147,7 @@ def layouts(registry):
             yield from (text, text + "\n")
 
 
-def is_registered(update, text, mac, address, hostname=""):
+def is_registered(update, text, mac, address, hostname):
     """Tell what the look-up without parsing says of a lease; where it says yes, check that it changes nothing."""
     field, text = update.parse_address(address)[0], text.encode(errors="surrogatepass")
     found = update.is_registered(text, mac, field, address, hostname)
@@ -158,11 +159,12 @@ def is_registered(update, text, mac, address, hostname=""):
 LEASED_ADDRESSES = [address for address in ADDRESSES if not address.startswith(("fe80", "2001:db8"))]
 
 
-@given(REGISTRY, MACS, st.sampled_from(LEASED_ADDRESSES))
+@given(REGISTRY, MACS, st.sampled_from(LEASED_ADDRESSES), st.sampled_from(["", *NAMES]))
+@example({"10:66:6a:00:00:00": {"ipv4": "10.0.0.1"}}, "10:66:6a:00:00:00", "10.0.0.1", "web")  # named in no layout
 @settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
-def test_look_up_says_of_no_registry_that_a_lease_is_in_it_where_it_is_not(update, registry, mac, address):
+def test_look_up_says_of_no_registry_that_a_lease_is_in_it_where_it_is_not(update, registry, mac, address, hostname):
     for text in layouts(registry):
-        is_registered(update, text, mac, address)
+        is_registered(update, text, mac, address, hostname)
 
 
 NOTES = st.dictionaries(
@@ -187,7 +189,7 @@ def test_look_up_finds_every_lease_in_what_we_and_jq_and_json_write(update, even
     ):
         for mac, instance in registry.items():
             for field in set(update.LEASED) & instance.keys():
-                assert is_registered(update, text, mac, instance[field])
+                assert is_registered(update, text, mac, instance[field], "")
 
 
 @given(REGISTRY)

@@ -3,6 +3,8 @@
 import ipaddress
 import json
 import os
+import pty
+import re
 import signal
 import stat
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 from conftest import lock_held, locked_out, need
 from hypothesis import given
 from hypothesis import strategies as st
-from lab import HOST_MAC, UPDATE, environment, run_script, wait_for
+from lab import EXAMPLES, HOST_MAC, UPDATE, environment, run_script, wait_for
 
 MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
 
@@ -170,7 +172,7 @@ def test_old_takes_no_address_from_another_and_says_who_has_it(base, address, ot
     before = files(base)
     result = lease(base, "old", OTHER, address, "db", DNSMASQ_MAC=OTHER, **variables)
     assert (result.returncode, result.stdout, files(base)) == (0, "", before)
-    assert result.stderr == f"instances-update.py: warning: {OTHER}: {address} is not registered, {MAC} has it\n"
+    assert result.stderr == f"instances-update.py: warning: {OTHER}: {address} is not registered, {MAC} web has it\n"
     result = lease(base, "old", "10:66:6a:4c:a1:13", address, "new", DNSMASQ_MAC="10:66:6a:4c:a1:13", **variables)
     assert result.returncode == 0 and "has it" in result.stderr
     assert read(base)[MAC][field] == address and field not in read(base)["10:66:6a:4c:a1:13"]
@@ -181,7 +183,7 @@ def test_add_takes_no_ipv6_address_from_another(base, address):
     run(base, "add", MAC, address, "web", DNSMASQ_MAC=MAC)
     before = read(base)[MAC]
     result = lease(base, "add", OTHER, address, "db", DNSMASQ_MAC=OTHER)
-    assert result.returncode == 0 and f"{address} is not registered, {MAC} has it" in result.stderr
+    assert result.returncode == 0 and f"{address} is not registered, {MAC} web has it" in result.stderr
     assert read(base)[MAC] == before and address not in read(base)[OTHER].values()
 
 
@@ -305,7 +307,17 @@ def test_addresses_are_in_the_form_of_rfc_5952(update, address):
         ("--rename", MAC, "-x"),
         ("--rename", MAC, ""),
         ("--rename", "06-01:23:45:67:89:ab", "web"),
-        ("--remove", "web"),
+        ("--remove", "06-01:23:45:67:89:ab"),
+        ("--remove", "my_host"),
+        ("--allow", "10:66:6a:4c:a1:1g", "10.0.0.1"),
+        ("add", "11:66:6a:4c:a1:11", "10.0.0.1"),
+        ("add", "33:33:00:00:00:01", "10.0.0.1"),
+        ("add", "ff:ff:ff:ff:ff:ff", "10.0.0.1"),
+        ("add", MAC, "0.0.0.0"),
+        ("add", MAC, "127.0.0.1"),
+        ("add", MAC, "169.254.1.1"),
+        ("old", MAC, "224.0.0.1"),
+        ("old", MAC, "255.255.255.255"),
         ("--remove", "10:66:6a:4c:a1:1"),
         ("--remove", "10:66:6a:4c:a1:1g"),
         ("--initialize", "$(reboot)", "host"),
@@ -364,11 +376,32 @@ def test_relative_path_without_a_folder_is_in_the_working_folder(base):
         ("--initialize", "br0"),
         ("-x",),
         ("--",),
+        ("--edit", "x"),
     ],
 )
-def test_wrong_usage_exits_2(base, arguments):
+def test_wrong_usage_is_one_line_that_shows_it_and_exits_2(base, arguments):
     result = run(base, *arguments)
-    assert (result.returncode, result.stdout) == (2, "") and "usage:" in result.stderr and not files(base)
+    said = f"instances-update.py: error: {' '.join(arguments) or 'nothing'}: "
+    assert (result.returncode, result.stdout) == (2, "") and not files(base)
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1 and "--help" in result.stderr
+
+
+@pytest.mark.parametrize(("action", "status"), [("ad", 2), ("remove", 2), ("del", 0), ("tftp", 0)])
+def test_action_that_is_neither_ours_nor_dnsmasqs_is_wrong_usage_at_a_terminal(base, action, status):
+    terminal, end = pty.openpty()
+    command = [sys.executable, str(UPDATE), action, MAC, "10.0.0.1"]
+    result = subprocess.run(command, env=environment(base), stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    said = os.read(terminal, 1000).decode() if status else ""
+    os.close(terminal)
+    assert result.returncode == status and (f"{action} {MAC} 10.0.0.1: " in said) == bool(status) and not files(base)
+
+
+def test_version_is_that_of_the_package(base):
+    result = run(base, "--version")
+    changelog = (EXAMPLES / "debian" / "debian" / "changelog").read_text()
+    version = re.match(r"instances \((.*)\)", changelog)[1]
+    assert (result.returncode, result.stdout) == (0, f"instances-update.py: {version}\n")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["--help", "--rename"]])
@@ -401,7 +434,13 @@ def test_remove_forgets_the_instance(base):
     write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
     result = run(base, "--remove", MAC.upper())
     assert result.returncode == 0 and result.stdout.count("\n") == 1 and read(base) == {OTHER: {"name": "db"}}
-    assert "web: removed" in result.stdout and "dhcp_release" in result.stderr  # how a lease does not bring it back
+    assert "web: removed" in result.stdout and result.stderr == ""
+
+
+def test_remove_of_what_may_have_a_lease_says_how_it_does_not_come_back(base):
+    write(base, {MAC: {"name": "web", "ipv6_ula": "fd83:5eed::11"}})
+    result = run(base, "--remove", MAC)
+    assert result.stderr.count("\n") == 1 and MAC in result.stderr and "instances-release" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--rename", OTHER, "db"), ("--remove", OTHER)])
@@ -650,14 +689,6 @@ def test_initialize_registers_a_bridge_without_a_port(host):
     assert host.registry() == {HOST_MAC: expected | {"ipv6_lla": "fe80::1266:6aff:fe4c:a1fe"}}
 
 
-def test_initialize_warns_of_prefixes_whose_addresses_come_by_slaac(host):
-    assert initialize(host, "br0", "host").stderr == ""  # prefixes longer than /64
-    host.run("ip", "address", "add", "2001:67c:83:1::1/64", "dev", "br0", "nodad")
-    result = initialize(host, "br0", "host")
-    assert result.returncode == 0 and result.stderr.count("\n") == 1
-    assert "warning: br0 has 2001:67c:83:1::1/64" in result.stderr and "SLAAC" in result.stderr
-
-
 def test_initialize_again_changes_nothing(host):
     initialize(host, "br0", "host")
     os.unlink(f"{host.base}.updated")
@@ -710,9 +741,50 @@ def test_initialize_takes_the_primary_address_and_none_that_is_deprecated(host):
     host.run("ip", "address", "del", "2001:67c:83::1/80", "dev", "br0")
     host.run("ip", "address", "add", "2001:67c:83::8/80", "dev", "br0", "nodad", "preferred_lft", "0")
     host.run("ip", "address", "add", "2001:db8::9/64", "dev", "br0", "nodad")
+    host.run("ip", "address", "add", "169.254.7.7/16", "dev", "br0")
     initialize(host, "br0", "host")
-    assert host.registry()[HOST_MAC].keys() == {"name", "ipv4", "ipv6_ula", "ipv6_lla"}
+    assert host.registry()[HOST_MAC].keys() == {"name", "ipv4", "ipv6_ula", "ipv6_lla", "allowed"}
     assert host.registry()[HOST_MAC]["ipv4"] == "10.83.0.1"
+    assert host.registry()[HOST_MAC]["allowed"] == ["10.83.0.2", "2001:67c:83::8"]
+
+
+SECOND = [("10.83.0.120", "10.83.0.120/24"), ("fd83:5eed::120", "fd83:5eed::120/80")]
+
+
+def lease_on(host, address, mac=MAC):
+    """Have a lease of the host's dnsmasq told; return what is said."""
+    variables = {"DNSMASQ_LEASE_EXPIRES": "1795000000", "DNSMASQ_MAC": mac}
+    return host.update("add", mac, address, "web", **variables).stderr
+
+
+@pytest.mark.parametrize(("address", "with_length"), SECOND)
+def test_no_lease_gives_an_address_of_the_host_whether_it_is_registered_or_not(host, address, with_length):
+    initialize(host, "br0", "host")
+    assert lease_on(host, address) == "" and address in host.registry()[MAC].values()
+    host.update("--remove", MAC)
+    host.run("ip", "address", "add", with_length, "dev", "br0", "nodad")
+    assert f"{address} is not registered, this host has it" in lease_on(host, address)
+    initialize(host, "br0", "host")
+    host.run("ip", "address", "del", with_length, "dev", "br0")  # which the registry does not know yet
+    assert f"{address} is not registered, {HOST_MAC} host has it" in lease_on(host, address)
+    assert address not in host.registry()[MAC].values() and "allowed" in host.registry()[HOST_MAC]
+    initialize(host, "br0", "host")
+    assert "allowed" not in host.registry()[HOST_MAC]
+    assert lease_on(host, address) == "" and address in host.registry()[MAC].values()
+
+
+@pytest.mark.parametrize(("address", "with_length"), SECOND)
+def test_initialize_takes_further_addresses_from_others_and_says_so(host, address, with_length):
+    host.run("ip", "address", "add", with_length, "dev", "br0", "nodad")
+    field = "ipv4" if "." in address else "ipv6_ula"
+    write(host.base, {MAC: {"name": "web", field: address}, OTHER: {"name": "", "ipv4": "10.83.0.1"}})
+    host.run("ip", "address", "flush", "dev", "br0", "to", "2001:67c:83::1")
+    said = initialize(host, "br0", "host").stdout
+    own = host.registry()[HOST_MAC]
+    assert address in (own[field], *own["allowed"]) and field not in host.registry()[MAC]
+    assert f"{address} (taken from {MAC} web)" in said and f"10.83.0.1 (taken from {OTHER} (no name))" in said
+    before = files(host.base)
+    assert initialize(host, "br0", "host").stdout == "" and files(host.base) == before
 
 
 @pytest.mark.parametrize(
@@ -737,6 +809,8 @@ def test_by_hand_an_address_is_taken_from_another_and_no_name_is_given(base, act
     write(base, {MAC: {"name": "web", field: address}, OTHER: {"name": "", field: other_address}})
     result = run(base, action, OTHER, address, "db", DNSMASQ_MAC=OTHER, **REMINDER if action == "add" else {})
     assert (result.returncode, result.stderr) == (0, "")
+    change = f"{field} {address} in place of {other_address} (taken from {MAC} web)"
+    assert result.stdout == f"instances-update.py: {OTHER} (no name): {change}\n"
     assert read(base) == {MAC: {"name": "web"}, OTHER: {"name": "", field: address}}
 
 
@@ -816,6 +890,9 @@ def test_leases_and_names_leave_what_is_allowed_alone(base):
         "fd83::1%eth0",
         "224.0.0.18",
         "224.0.0.0/3",
+        "127.0.0.1",
+        "255.255.255.255",
+        "::1",
         "ff02::12",
         "web",
         "",
@@ -831,6 +908,127 @@ def test_what_must_not_be_allowed_is_an_error_that_names_it(base, text):
     assert result.stderr.count("\n") == 1 and text in result.stderr
 
 
+@pytest.mark.parametrize("text", ["0.0.0.0/0", "::/0"])
+def test_default_route_is_refused_with_a_word_on_what_a_router_needs(base, text):
+    write(base, {MAC: {"name": "web"}})
+    result = run(base, "--allow", MAC, text)
+    assert result.returncode == 1 and "uplink in bridge.nft" in result.stderr
+
+
+@pytest.mark.parametrize("allowed", ["10.83.0.50", "10.83.0.48/29", "fd83:5eed::50", "fd83:5eed::/120"])
+@pytest.mark.parametrize("action", ["add", "old"])
+def test_no_lease_gives_what_another_is_allowed_but_by_hand_it_is_given(base, action, allowed):
+    address = "10.83.0.50" if "." in allowed else "fd83:5eed::50"
+    write(base, {MAC: {"name": "web", "allowed": [1, None, ["10.0.0.0", 8], "x", allowed]}, OTHER: {"name": "db"}})
+    result = lease(base, action, OTHER, address, DNSMASQ_MAC=OTHER)
+    warning = f"warning: {OTHER}: {address} is not registered, {MAC} web has it\n"
+    assert (result.returncode, result.stderr) == (0, f"instances-update.py: {warning}")
+    assert read(base)[OTHER] == {"name": "db"}
+    assert lease(base, action, MAC, address, DNSMASQ_MAC=MAC).stderr == "" and address in read(base)[MAC].values()
+    run(base, action, OTHER, address, DNSMASQ_MAC=OTHER)
+    assert address in read(base)[OTHER].values()
+    assert lease(base, action, OTHER, address, DNSMASQ_MAC=OTHER).stderr == ""  # it is registered
+
+
+@pytest.mark.parametrize("name", ["wpad", "WPAD", "Isatap", "localHost"])
+@pytest.mark.parametrize("layout", [None, 2])
+def test_no_lease_gives_a_name_that_programs_look_for(base, name, layout):
+    write(base, json.dumps({MAC: {"name": "", "ipv4": "10.83.0.11"}}, indent=layout))
+    assert lease(base, "old", MAC, "10.83.0.11", name).stdout == ""
+    assert "(no name): new" in lease(base, "add", OTHER, "10.83.0.12", name).stdout
+    assert (read(base)[MAC]["name"], read(base)[OTHER]["name"]) == ("", "")
+    assert run(base, "--rename", MAC, name).returncode == 0 and read(base)[MAC]["name"] == name
+
+
+@pytest.mark.parametrize("entry", [{}, {"name": None}, {"name": ""}])
+@pytest.mark.parametrize("layout", [None, 2])
+def test_entry_without_a_name_is_named_by_a_later_lease_in_any_layout(base, entry, layout):
+    write(base, json.dumps({MAC: {"ipv4": "10.83.0.11", **entry}}, indent=layout))
+    assert lease(base, "old", MAC, "10.83.0.11", "web").stdout == f"instances-update.py: {MAC} web: named\n"
+    assert read(base)[MAC]["name"] == "web"
+
+
+def test_lease_that_takes_an_address_or_replaces_one_says_of_whom_and_which(base):
+    write(base, {MAC: {"name": "web", "ipv4": "10.83.0.11"}, OTHER: {"name": "", "ipv6_gua": "2001:67c:83::12"}})
+    taken = lease(base, "add", OTHER, "10.83.0.11").stdout
+    assert taken == f"instances-update.py: {OTHER} (no name): ipv4 10.83.0.11 (taken from {MAC} web)\n"
+    replaced = lease(base, "add", "x", "2001:67c:84::12", DNSMASQ_MAC=OTHER).stdout  # a second prefix of the bridge
+    assert replaced.endswith(f"{OTHER} (no name): ipv6_gua 2001:67c:84::12 in place of 2001:67c:83::12\n")
+
+
+def test_name_stands_for_the_mac_address(base):
+    write(base, {MAC: {"name": "Web"}, OTHER: {"name": "db"}})
+    assert "allowed 10.83.0.50" in run(base, "--allow", "web", "10.83.0.50").stdout
+    assert read(base)[MAC]["allowed"] == ["10.83.0.50"]
+    assert f"{MAC} mail: renamed" in run(base, "--rename", "WEB", "mail").stdout
+    result = run(base, "--remove", "web")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr == "instances-update.py: warning: web: no such instance\n"
+    assert f"{OTHER} db: removed" in run(base, "--remove", "dB").stdout and list(read(base)) == [MAC]
+
+
+def edit(base, commands):
+    """Edit the registry by shell commands that get its copy as $1."""
+    editor = base.parent / "editor"
+    editor.write_text(f"set -e\nf() {{ {UPDATE} --rename {OTHER} $1; }}\n{commands}\n")
+    return run(base, "--edit", EDITOR=f"sh {editor}")
+
+
+def copies(base):
+    return [path for path in base.parent.iterdir() if path.name.startswith("instances.json.")]
+
+
+def test_edit_puts_what_was_edited_in_place(base):
+    write(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}, OTHER: {"name": "db"}})
+    result = edit(base, 'sed -i s/web/mail/ "$1"')
+    assert (result.returncode, result.stdout) == (0, f"instances-update.py: {MAC}: edited\n")
+    assert read(base) == {MAC: {"name": "mail", "ipv4": "10.0.0.1"}, OTHER: {"name": "db"}}
+    assert base.with_suffix(".updated").exists() and not copies(base)
+    base.with_suffix(".updated").unlink()
+    assert edit(base, "true").stdout == "" and not base.with_suffix(".updated").exists() and not copies(base)
+
+
+def test_edit_that_is_no_registry_stays_in_a_copy_with_which_the_next_goes_on(base):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
+    before = base.with_suffix(".json").read_bytes()
+    for commands in ('sed -i "s/web/mail/; s/}//" "$1"', "exit 1", 'grep mail "$1"'):
+        result = edit(base, commands)
+        assert (result.returncode, base.with_suffix(".json").read_bytes()) == (1, before) and len(copies(base)) == 1
+        assert result.stderr.count("\n") == 1 and str(copies(base)[0]) in result.stderr
+    assert edit(base, """grep mail "$1"; echo '{"x": {"name": "mail"}}' >"$1" """).returncode == 0
+    assert read(base) == {"x": {"name": "mail"}} and not copies(base)
+
+
+def test_edit_keeps_what_others_change_meanwhile_and_is_refused_where_both_change_one_instance(base):
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
+    assert edit(base, 'f mail; sed -i s/web/www/ "$1"').returncode == 0
+    assert read(base) == {MAC: {"name": "www"}, OTHER: {"name": "mail"}} and not copies(base)
+    result = edit(base, 'f mail2; sed -i s/mail/files/ "$1"')
+    assert result.returncode == 1 and f"{OTHER} was changed meanwhile" in result.stderr
+    assert read(base)[OTHER]["name"] == "mail2" and "files" in copies(base)[0].read_text()
+    assert str(copies(base)[0]) in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_edit_is_refused_on_a_host_that_follows_and_where_there_is_no_registry(base):
+    result = edit(base, "true")
+    assert result.returncode == 1 and f"{base}.json" in result.stderr and result.stderr.count("\n") == 1
+    write(base, {MAC: {"name": "web"}})
+    base.with_suffix(".follows").write_text("a writes it")
+    result = edit(base, 'sed -i s/web/mail/ "$1"')
+    assert result.returncode == 1 and "a writes it" in result.stderr and read(base) == {MAC: {"name": "web"}}
+    assert "mail" in copies(base)[0].read_text()
+
+
+def test_who_is_not_root_is_told_to_be(base):
+    need()
+    write(base, {})
+    for folder in (base.parent, *base.parents[1:3]):
+        folder.chmod(0o755)
+    command = ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, str(UPDATE), "add", MAC, "10.0.0.1"]
+    result = subprocess.run(command, env=environment(base), capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.endswith(": run it as root\n") and result.stderr.count("\n") == 1
+
+
 def test_field_that_was_emptied_by_hand_keeps_nothing_from_being_allowed(base):
     write(base, {MAC: {"name": "web"}, OTHER: {"name": "db", "ipv4": "", "ipv6_ula": None}})
     assert run(base, "--allow", MAC, "10.9.0.0/24").returncode == 0
@@ -843,6 +1041,6 @@ def test_allow_of_an_unknown_mac_says_so_and_changes_nothing(base):
 
 
 def test_rename_says_who_lost_the_name(base):
-    write(base, {MAC: {"name": "web"}, OTHER: {"name": "host"}})
+    write(base, {MAC: {"name": "web"}, OTHER: {"name": "Host"}})
     result = run(base, "--rename", MAC, "host")
-    assert result.stdout == f"instances-update.py: {MAC} host: renamed, {OTHER} has no name now\n"
+    assert result.stdout == f"instances-update.py: {MAC} host: renamed (taken from {OTHER} Host)\n"
