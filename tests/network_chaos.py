@@ -72,6 +72,20 @@ class Chaos:
         last = list(self.acknowledged.items())[-1:]
         return all(in_force(host, *item) for host in self.site.hosts for item in last)
 
+    def settle(self):
+        """Wait until it is so. AssertionError, with what the hosts differ in."""
+        try:
+            wait_for(self.settled, "one registry in force", 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.differences()}") from None
+
+    def differences(self):
+        """Return what the hosts' registries differ in, and what is missing in one of them."""
+        registries = [host.registry() for host in self.site.hosts]
+        macs = {*self.acknowledged, *(mac for registry in registries for mac in registry)}
+        found = {mac: [registry.get(mac, {}).get("ipv4") for registry in registries] for mac in macs}
+        return {mac: each for mac, each in found.items() if len({*each}) > 1 or None in each}
+
     def heal(self):
         """Begin to count the time."""
         self.healed = time.monotonic()
@@ -473,12 +487,11 @@ def play(chaos, name):
     begun, led = time.time(), leads(chaos.site)
     chaos.change()
     function(chaos)
-    if not chaos.settled():
-        wait_for(chaos.settled, f"{name}: one registry in force: {differences(chaos)}", 60)
+    chaos.settle()
     took = time.monotonic() - chaos.healed
     wait_for(chaos.site.leader, "a leader", 60)
     chaos.change()
-    wait_for(chaos.settled, f"{name}: the next change: {differences(chaos)}", 60)
+    chaos.settle()
     now = time.time()
     wait_for(lambda: all(pinger.answered(now) for pinger in chaos.pingers), f"{name}: the gateway")
     lines = [line.split() for line in (chaos.site.folder / "sniffed").read_text().splitlines()]
@@ -491,17 +504,6 @@ def play(chaos, name):
 def leads(site):
     """Return how often a host began to lead."""
     return sum(host.said().count(": leads\n") for host in site.hosts)
-
-
-def differences(chaos):
-    """Return what the hosts' registries differ in."""
-    registries = [host.registry() for host in chaos.site.hosts]
-    macs = {mac for registry in registries for mac in registry}
-    found = {
-        m: [r.get(m, {}).get("ipv4") for r in registries] for m in macs if len({str(r.get(m)) for r in registries}) > 1
-    }
-    missing = {mac for mac in chaos.acknowledged if any(mac not in registry for registry in registries)}
-    return f"{found}, missing {missing}"
 
 
 def soak(chaos, count, seconds):

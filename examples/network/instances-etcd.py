@@ -17,7 +17,8 @@ from runpy import run_path
 from shutil import which
 from types import SimpleNamespace
 
-PATIENCE = 1  # seconds that each part of etcd's answer may take
+PATIENCE = 1  # seconds that each part of etcd's answer may take; half a second more per megabyte of a request
+LARGE = 10  # the same, where the answer is a whole registry
 WRITERS = 100  # of how many writers a history tells
 
 files = SimpleNamespace(**run_path(which("instances-update.py") or sys.exit("no instances-update.py on the PATH")))
@@ -120,12 +121,12 @@ class Store:
         self.seen = {}  # the small keys' entries as of the last look
         self.watch = None  # the connection by which etcd tells of their changes
 
-    def ask(self, path, stream=False, **body):
+    def ask(self, path, stream=False, patience=PATIENCE, **body):
         """Return the answer to a request; the connection that answers come by, if there is to be a stream of them."""
         self.tls = self.tls or certified(self.certificates)
         try:
             body = json.dumps(body)
-            patience = PATIENCE + len(body) / 2_000_000  # of a large registry
+            patience += len(body) / 2_000_000
             connection = http.client.HTTPSConnection(self.address, timeout=patience, context=self.tls)
             connection.request("POST", f"/v3/{path}", body)
             response = connection.getresponse()
@@ -165,7 +166,7 @@ class Store:
             "min_mod_revision": since,
         }  # 0: after /
         ranges = [{"request_range": keys | options} for keys in (self.key("history"), every)]
-        answer = self.ask("kv/txn", success=ranges)
+        answer = self.ask("kv/txn", patience=PATIENCE if since else LARGE, success=ranges)
         history, entries = (part["response_range"].get("kvs", []) for part in answer["responses"])
         macs = [base64.b64decode(e["key"]).decode().removeprefix(self.folder + "mac/") for e in entries]
         return history, {json.loads(f'"{m}"'): e for m, e in zip(macs, entries)}, int(answer["header"]["revision"])
