@@ -4,7 +4,6 @@
 As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about four minutes.
 """
 
-import ipaddress
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import scapy.all as scapy
 from conftest import load
-from lab import PROCESS, UPDATE, Host, chains_table, environment, wait_for
+from lab import PROCESS, UPDATE, Host, environment, wait_for
 
 SIZES = (1, 100, 1_000, 10_000)
 PAIRS = 20
@@ -183,7 +182,7 @@ def frames(sender: str, receiver: str) -> dict[str, str]:
 
 
 def measure_frames(folder: Path) -> None:
-    """Measure frames across a bridge with four ports: bridge.nft, and the same hooks with empty chains."""
+    """Measure frames across a bridge with four ports: bridge.nft, and rules by address, against empty chains."""
     host = Host(folder)
     try:
         sender, receiver, *_ = (host.client(f"port{number}", mac(number)) for number in range(4))
@@ -192,12 +191,15 @@ def measure_frames(folder: Path) -> None:
         hooks = re.findall("type filter hook .*;", guard.partition("table inet")[0])
         chains = "".join(f"chain c{number} {{ {hook} }}\n" for number, hook in enumerate(hooks))
         files["empty"].write_text(f"table bridge empty {{\n{chains}}}\n")
-        for size in SIZES[1:]:
+        for size in SIZES:
             base = folder / str(size)
             write_registry(base, size)
             timed([*PYTHON, PROCESS, "-f"], environment(base))
-            files[size] = folder / f"{size}.nft"
-            files[size].write_text(guard.replace(f"{folder}/instances.", f"{base}."))
+            files["bridge.nft", size] = folder / f"{size}.nft"
+            files["bridge.nft", size].write_text(guard.replace(f"{folder}/instances.", f"{base}."))
+        for size in SIZES[:-1]:
+            files["a rule per address", size] = folder / f"rules-{size}.nft"
+            files["a rule per address", size].write_text(rule_an_address(size))
         costs, kinds = {}, frames(mac(0), mac(1))
         for turn in range(PAIRS // 2 + 1):
             for file in files.values():
@@ -209,71 +211,67 @@ def measure_frames(folder: Path) -> None:
                     costs.setdefault((file, kind), []).extend([microseconds] if turn else [])
         for kind in kinds:
             ratios = {}
-            for size in SIZES[1:]:
-                ours, empty = costs[files[size], kind], costs[files["empty"], kind]
-                ratios[size] = statistics.median(a / b for a, b in zip(ours, empty))
+            for what, size in [*files][1:]:
+                ours, empty = costs[files[what, size], kind], costs[files["empty"], kind]
+                ratios[what, size] = statistics.median(a / b for a, b in zip(ours, empty))
                 both = (f"{statistics.median(column):.2f} µs" for column in (ours, empty))
-                show(f"frame, {kind}: bridge.nft / its hooks with empty chains", f"{size:,}", *both, ratios[size])
-            show("… growth", "100 to 10,000", "", "", ratios[10_000] / ratios[100])
+                show(f"frame, {kind}: {what} / hooks with empty chains", f"{size:,}", *both, ratios[what, size])
+            growth = ratios["bridge.nft", 10_000] / ratios["bridge.nft", 1]
+            show("… growth of bridge.nft", "1 to 10,000", "", "", growth)
     finally:
         host.close()
 
 
 def measure_loading(folder: Path) -> None:
-    """Measure the loading of the chains."""
+    """Measure the loading of the whole guard."""
     host = Host(folder)
     try:
         write_registry(host.base, 10_000)
         timed([*PYTHON, PROCESS, "-f"], environment(host.base))
-        ours, one_a_rule = folder / "chains.nft", folder / "rules.nft"
-        ours.write_text(chains_table(Path(f"{host.base}.nftables_chains")))
+        ours, one_a_rule = host.example("nftables/bridge.nft"), folder / "rules.nft"
         one_a_rule.write_text(rule_an_address(10_000))
         times = {file: [] for file in (ours, one_a_rule)}
         for _ in range(5):
             for file, elapsed in times.items():
                 elapsed.append(timed(host.command("nft", "-f", file)))
         ours, rules = (statistics.median(elapsed) for elapsed in times.values())
-        what = "`nft -f` of the chains / of one rule per address, ARP and NDP only"
+        what = "`nft -f bridge.nft` / of a rule per address"
         show(what, "10,000", f"{ours:.0f} ms", f"{rules:.0f} ms", ours / rules)
     finally:
         host.close()
 
 
 def rule_an_address(count: int) -> str:
-    """Return a table with the ARP and NDP chains as one rule per address."""
-    arp = [f'ether saddr {mac(n)} arp saddr ip {ipv4(n)} counter return comment "web-{n}"' for n in range(count)]
-    ndp = []
-    for n in range(count):
-        for address in (UPDATE_MODULE.link_local(mac(n)), f"2001:67c:83::{n + 1:x}", f"fd83:5eed::{n + 1:x}"):
-            packed = ipaddress.ip_address(address).packed.hex()
-            ndp.append(f'ether saddr {mac(n)} @nh,384,128 0x{packed} counter return comment "web-{n}"')
-    chains = (
-        f"chain {name} {{\n{chr(10).join(rules)}\ncounter drop\n}}\n"
-        for name, rules in (("drop_arp", arp), ("drop_ndp", ndp))
-    )
-    return f"table bridge rules\ndelete table bridge rules\ntable bridge rules {{\n{''.join(chains)}}}\n"
+    """Return a table with a rule per address, as other filters have them; the first instance's are in the middle."""
+    rules = []
+    for n in [*range(1, (count + 1) // 2), 0, *range((count + 1) // 2, count)]:
+        own = f"ether saddr {mac(n)}"
+        rules += [f"{own} arp saddr ip {ipv4(n)} accept", f"{own} ip saddr {ipv4(n)} accept"]
+        for address in ("fe80::1234" if n == 0 else UPDATE_MODULE.link_local(mac(n)), f"2001:67c:83::{n + 1:x}"):
+            rules.append(f"{own} ip6 saddr {address} accept")
+    hook = "type filter hook prerouting priority filter; policy drop;"
+    body = "\n".join(rules)
+    return f"table bridge rules\ndelete table bridge rules\ntable bridge rules {{\nchain c {{\n{hook}\n{body}\n}}\n}}\n"
 
 
 def measure_way_in(folder: Path) -> None:
-    """Measure from a client's DHCPACK to its first answered ping, the processor started by the marker."""
-    for size in (1, 10_000):
+    """Measure from a client's DHCPACK to its first answered ping, while nothing puts the registry in force."""
+    for size in (1, 1_000, 10_000):
         (folder / str(size)).mkdir()
-        host = Host(folder / str(size))
+        host = Host(folder / str(size), ("10.84.0.1/24",))
         try:
             write_registry(host.base, size)
             host.update("--initialize", "br0", "host")
             host.process()
-            host.load_chains()
-            host.start_dnsmasq()
+            host.run("nft", "-f", host.example("nftables/bridge.nft"))
+            host.start_dnsmasq("10.84.0.100,10.84.0.199")
             client = host.client("new", "10:66:6a:ff:00:01")
             client.start_dhcp4()
-            wait_for(Path(f"{host.base}.updated").exists, "the marker")
-            host.process()
-            host.load_chains()
-            pings = client.run("ping", "-n", "-D", "-i", "0.002", "-w", "10", "-c", "1", "10.83.0.1").stdout
+            wait_for(lambda c=client: "bound" in c.events(), "the lease")
+            pings = client.run("ping", "-n", "-D", "-i", "0.002", "-w", "10", "-c", "1", "10.84.0.1").stdout
             answered = float(re.search(r"^\[(.*?)\] 64 bytes", pings, re.MULTILINE)[1])
             bound = Path(f"{client.script}.log").stat().st_mtime
-            show("from DHCPACK to the first answered ping", f"{size:,}", f"{answered - bound:.2f} s", "", "")
+            show("from DHCPACK to the first answered ping", f"{size:,}", f"{answered - bound:.3f} s", "", "")
         finally:
             host.close()
 

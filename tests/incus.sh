@@ -59,12 +59,14 @@ step "libvirt"
 run python3 -B /root/instances/tests/libvirt.py || fail "see above"
 
 step "a container by itself, by the page of examples/egress"
-run sh -euc "install -m 755 /root/instances/examples/egress/instances-egress /usr/local/sbin/
-    mkdir /etc/egress; echo example.org >/etc/egress/profile
-    $(block examples/egress/README.md 'incus info web')" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the page"; }
+run sh -euc "mkdir /etc/egress; echo example.org >/etc/egress/profile; cd /root/instances/examples/egress
+    $(block examples/egress/README.md 'systemd-run')" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the page"; }
 rules='nsenter -n -t "$(incus info web | sed -n "s/^PID: //p")" nft list table inet egress'
 run sh -c "$rules" >"$folder/log" || fail "no rules in the container"
-run systemctl stop egress-web
+run systemctl kill --kill-whom=main -s HUP egress-web
+run timeout 30 sh -c 'until [ "$(journalctl -u egress-web | grep -c "is held")" = 2 ]; do sleep 0.1; done' ||
+    fail "its lists are not read again"
+run sh -euc "$(block examples/egress/README.md 'nft delete table inet egress')"
 not run sh -c "$rules" >"$folder/log" 2>&1 || fail "rules are left in the container"
 
 step "undone by both pages"

@@ -37,10 +37,14 @@ def test_scripts_are_executable_by_the_python3_on_the_path():
         assert script.read_text().startswith("#!/usr/bin/env python3\n")
 
 
-@pytest.mark.parametrize("chain", ["guard", "guard_ip", "guard_ip6", "renewal", "queries", "before"])
-def test_guard_of_a_network_judges_as_the_guard_of_a_bridge_does(chain):
-    rules = [
-        re.search(f"^    chain {chain} {{\n(.*?)^    }}", (EXAMPLES / name).read_text(), re.MULTILINE | re.DOTALL)[1]
-        for name in ("nftables/bridge.nft", "network/network.nft")
-    ]
-    assert rules[0] == rules[1]
+@pytest.mark.parametrize("rules", ["nftables/bridge.nft", "network/network.nft"])
+def test_rule_file_declares_and_empties_each_set_that_the_registry_fills(rules):
+    generated, text = (EXAMPLES / "output" / "instances.nftables_chains").read_text(), (EXAMPLES / rules).read_text()
+    declared = re.findall(
+        r"^set (\w+) {\n    (typeof .*)\n(    flags interval\n)?(?:    elements|})", generated, re.MULTILINE
+    )
+    assert len(declared) == 8
+    assert re.findall(r"^flush set bridge instances (\w+)$", text, re.MULTILINE) == [name for name, *_ in declared]
+    for name, key, interval in declared:
+        flags = " flags interval;" if interval else ""
+        assert f"    set {name} {{ {key};{flags} }}\n" in text
