@@ -42,7 +42,7 @@ CHAINS = """\
 #   @ll,48,24 . @ll,72,24      the two halves of the frame's source MAC address
 #   @nh,64,24 . @nh,88,24      the sender's hardware address of ARP (RFC 826), its IPv4 address, and the one it asks for
 #   @nh,112,32, @nh,192,32
-#   @nh,96,32                  the source address of IPv4
+#   @nh,96,32, @nh,128,32      the source and destination address of IPv4
 #   @nh,64,128                 the source address of IPv6
 #   @nh,64,64                  its prefix
 #   @nh,128,24 . @nh,168,24    the halves of the MAC address that it is made from (RFC 4291, appendix A), and between
@@ -59,9 +59,13 @@ CHAINS = """\
 # What is counted from @th is found behind extension headers, too; what is counted from @nh would not be.
 #
 # nftables can't compare two fields of a frame, a and b. So (a, a) is put into a set, and (a, b) looked up there: it is
-# found only if they are equal. The second set has one bit of the MAC address flipped.
+# found only if they are equal. In the last set, one bit of the MAC address is flipped.
 set instances_same_mac {
     typeof @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24
+    size 65536; flags dynamic,timeout; timeout 1m
+}
+set instances_same_address {
+    typeof @nh,128,32 . @th,192,32
     size 65536; flags dynamic,timeout; timeout 1m
 }
 set instances_same_eui64 {
@@ -177,6 +181,14 @@ chain instances_learn_target {
 chain instances_learn_lease {
     # A DHCPACK to an Ethernet client: servers write its type as the first option.
     ip frag-off & 0x3fff == 0 @th,64,24 0x020106 @th,1984,24 0x350105 @th,192,32 != @instances_taken \\
+        goto instances_learn_ack
+}
+chain instances_learn_ack {
+    # It is sent to all, or to the address that it gives (RFC 2131, section 4.1). What looks like one, but was routed
+    # here, is sent to an address that somebody has already.
+    update @instances_same_address { @nh,128,32 . @nh,128,32 }
+    ip daddr 255.255.255.255 update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
+    @nh,128,32 . @th,192,32 @instances_same_address \\
         update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
 }
 # Use: ether type arp goto instances_drop_arp
@@ -271,7 +283,8 @@ chain instances_claim_target {
     update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
     @th,152,16 0xfffe @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 @instances_same_eui64 return
     @th,152,16 0xfffe goto instances_reason_ndp_target
-    @th,64,128 . ether saddr @instances_elsewhere return
+    @th,64,128 . ether saddr @instances_elsewhere update @instances_claims { @th,64,128 . ether saddr } \\
+        update @instances_claimed { @th,64,128 } return
     @th,64,128 @instances_elsewhere_used goto instances_reason_ndp_target
     @th,64,128 . ether saddr @instances_claims update @instances_claims { @th,64,128 . ether saddr } \\
         update @instances_claimed { @th,64,128 } return
@@ -286,7 +299,8 @@ chain instances_claim_source {
     update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
     @nh,152,16 0xfffe @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 @instances_same_eui64 return
     @nh,152,16 0xfffe goto instances_reason_ipv6_source
-    @nh,64,128 . ether saddr @instances_elsewhere return
+    @nh,64,128 . ether saddr @instances_elsewhere update @instances_claims { @nh,64,128 . ether saddr } \\
+        update @instances_claimed { @nh,64,128 } return
     @nh,64,128 @instances_elsewhere_used goto instances_reason_ipv6_source
     @nh,64,128 . ether saddr @instances_claims update @instances_claims { @nh,64,128 . ether saddr } \\
         update @instances_claimed { @nh,64,128 } return
@@ -335,7 +349,7 @@ chain instances_drop_rogue {
     exthdr frag exists frag nexthdr { 0, 43, 44, 51, 60 } goto instances_reason_malformed
     # What nftables can't parse has no protocol and does not match; a client that reads raw frames may parse it.
     meta l4proto != 255 return
-    ether type { ip, ip6 } goto instances_reason_malformed
+    meta protocol { ip, ip6 } goto instances_reason_malformed
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
@@ -489,7 +503,8 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         if sys.argv[1:] == ["--version"]:
-            return say(VERSION, 1) or 0
+            say(VERSION, 1)
+            return 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:

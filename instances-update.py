@@ -7,6 +7,7 @@ usage: instances-update.py add|old MAC IP [HOSTNAME]            what dnsmasq tel
        instances-update.py --allow INSTANCE [IP|NETWORK ...]    what else it may send from, in place of what was allowed
        instances-update.py --remove INSTANCE                    remove an instance
        instances-update.py --edit                               edit a copy of the registry, and put it in place
+       instances-update.py --help | --version
 
 INSTANCE is a name or a MAC address. That of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
 The registry is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID].json, /var/lib/misc/instances.json by default.
@@ -166,7 +167,8 @@ def run(main):
     os.umask(os.umask(0o133) | 0o133)  # nothing is made wider than 0644, not even by filelock
     try:
         if sys.argv[1:] == ["--version"]:
-            return say(VERSION, 1) or 0
+            say(VERSION, 1)
+            return 0
         return main(sys.argv[1:])
     # filelock says by a RuntimeError that a file system has no locks
     except (OSError, ValueError, RuntimeError, KeyboardInterrupt) as error:
@@ -191,7 +193,7 @@ def label(registry, mac):
 
 def others(registry, mac, field, value):
     """Return the MAC addresses of the other instances that have an address, or a name in any case (RFC 4343)."""
-    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == value.lower()]
+    return [m for m, i in registry.items() if m != mac and str(i.get(field) or "").lower() == str(value).lower()]
 
 
 def take(registry, mac, field, value):
@@ -214,7 +216,8 @@ def is_in(address, networks):
             if ip_address(address) in ip_network(network):
                 return True
         except (TypeError, ValueError):
-            continue
+            pass
+    return False
 
 
 def register(registry, mac, ip, hostname, kind, keepers=()):
@@ -295,9 +298,11 @@ def allow(registry, mac, *texts):
 
 
 def remove(registry, mac):
-    """Remove an instance; return as register does."""
+    """Remove an instance, if it is there; return as register does."""
+    if mac not in registry:
+        return "", []
     message = label(registry, mac) + ": removed"
-    again = f"{mac} comes back if dnsmasq has a lease of it: run instances-release before --remove"
+    again = f"{mac} comes back if dnsmasq still has a lease of it: then run instances-release {mac}, and this again"
     return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
 
 
@@ -380,9 +385,10 @@ def version(path):
 def change_registry(change, follower=False):
     """Change the registry by change(registry) and make the marker; return what change returned.
 
-    That is what it changed, in place (false: nothing, and nothing is written), and warnings. It is called without the
-    lock, so that who changes nothing waits for nobody, and again under it if somebody was faster. ValueError on a host
-    that follows another, but for the follower itself, which replaces also what is no registry.
+    change() changes the registry in place, and returns what it changed (false: nothing, and nothing is written) and
+    warnings. It is called without the lock, so that who changes nothing waits for nobody, and again under the lock if
+    somebody was faster. ValueError on a host that follows another, but not for the follower itself, which replaces
+    also what is no registry.
     """
     base = base_path()
     path, follows = base + ".json", base + ".follows"
@@ -406,8 +412,10 @@ def report(change, *arguments):
     """Change the registry by change(registry, *arguments), and say what changed; return the exit status."""
     message, warnings = change_registry(lambda registry: change(registry, *arguments))
     for warning in warnings:
-        say("warning: " + warning)
-    return say(message, 1) or 0 if message else 0
+        say(f"warning: {warning}")
+    if message:
+        say(message, 1)
+    return 0
 
 
 def edit():
@@ -419,6 +427,7 @@ def edit():
         replace_file(copy, registry_text(before))
     if status := os.spawnlp(os.P_WAIT, "sh", "sh", "-c", '${EDITOR:-vi} "$0"', copy):
         raise ValueError(f"the editor's exit status is {status}: nothing is changed, and {copy} stays")
+    os.stat(copy)  # a copy that is gone is no empty registry
     report(put, before, read_registry(copy), copy)
     os.unlink(copy)
     return 0

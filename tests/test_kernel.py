@@ -1,8 +1,8 @@
 """What only a distribution's own kernel shows: the guard as shipped, beside br_netfilter, other bridges and VLANs.
 
 kernel.sh boots Debian's and runs these there; elsewhere, the kernel runs what it can. Each is run with br_netfilter
-passing packets to iptables and not, with the rules loaded before the bridge is made, as after a boot, and after it.
-Their hooks then stay: taken away and made again, they would come after br_netfilter's, whatever the order was.
+passing packets to iptables and not, with the rules loaded before the bridge is made, as after a boot. Their hooks then
+stay: taken away and made again, they would come after br_netfilter's.
 """
 
 import json
@@ -18,26 +18,19 @@ from test_bridge import Bridge, addresses
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")]
 # A kernel without `meta ibrname` may know no VLANs either.
 debian_s_kernel = pytest.mark.skipif(not has_ibrname(), reason="needs `meta ibrname`, as kernel.sh has it")
-MODES = {
-    f"{at_work} br_netfilter {order} the rules": (at_work == "with", order == "after")
-    for at_work in ("without", "with")
-    for order in ("before", "after")
-}
 
 
-@pytest.fixture(scope="module", params=MODES.values(), ids=MODES.keys())
+@pytest.fixture(scope="module", params=[False, True], ids=["without br_netfilter", "with br_netfilter"])
 def bridge(tmp_path_factory, request):
     need(*PROGRAMS)
-    at_work, rules_first = request.param
     host = Host(tmp_path_factory.mktemp("kernel"), bridge=False)
     try:
         Path(f"{host.base}.updated").touch()
         host.process()
         rules = host.example("nftables/bridge.nft")
-        if rules_first:
-            host.run("nft", "-f", rules)
+        host.run("nft", "-f", rules)
         host.make_bridge()
-        host.br_netfilter(at_work)
+        host.br_netfilter(request.param)
         yield Bridge(host, rules)
     finally:
         host.close()
@@ -82,20 +75,39 @@ def test_guests_reach_each_other(bridge):
 
 
 @debian_s_kernel
-def test_other_bridge_of_the_host_is_left_alone(bridge):
+def test_other_bridge_of_the_host_is_left_alone_unless_it_is_named_too(bridge):
     host = bridge.host
     host.run("ip", "link", "add", "br1", "type", "bridge")
     host.run("ip", "link", "set", "br1", "up")
     guests = [host.client(f"other{n}", f"10:66:6a:4c:a2:0{n}", bridge="br1") for n in range(2)]
     for number, guest in enumerate(guests, 1):
         guest.run("ip", "address", "add", f"10.84.0.{number}/24", "dev", "eth0")
-    reached = ("10.84.0.2", guests[1].addresses("fe80")[0] + "%eth0")
-    text = bridge.rules.read_text()
-    assert 'define guarded = "br0"' in text
-    host.run("nft", "-f", "-", input=text.replace('define guarded = "br0"', 'define guarded = "br1"'))
-    assert not any(guests[0].pings(address) for address in reached)
+    attacker, stolen = guests[0], addresses(bridge.victim)["10"]
+    ping = scapy.Ether(src=attacker.mac, dst=guests[1].mac) / scapy.IP(src=stolen, dst="10.84.0.2") / scapy.ICMP()
+
+    def reached():
+        return [attacker.pings(address) for address in ("10.84.0.2", guests[1].addresses("fe80")[0] + "%eth0")]
+
     bridge.guard(True)
-    assert all(guests[0].pings(address) for address in reached)
+    heard = echoes(guests[1])
+    assert all(reached())
+    wait_for(lambda: attacker.send(bytes(ping)) or echoes(guests[1]) > heard + 2, "a spoofed ping")
+    text = bridge.rules.read_text()
+    assert text.count('define guarded = "br0"') == 1
+    bridge.rules.write_text(text.replace('define guarded = "br0"', 'define guarded = { "br0", "br1" }'))
+    try:
+        bridge.guard(True)
+        assert not any(reached())
+        for number, guest in enumerate(guests, 1):
+            host.update("add", guest.mac, f"10.84.0.{number}")
+        host.process()
+        bridge.guard(True)
+        assert all(reached())
+        heard = echoes(guests[1])
+        bridge.is_dropped(attacker, ping, lambda: echoes(guests[1]) > heard, "IPv4 source")
+        test_guests_reach_each_other(bridge)
+    finally:
+        bridge.rules.write_text(text)
 
 
 @debian_s_kernel

@@ -2,11 +2,13 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, TOP, Host, block, has_ibrname, make_etc, mounted, wait_for
+from lab import EXAMPLES, TOP, Host, Namespace, block, has_ibrname, make_etc, mounted, wait_for
 
 pytestmark = pytest.mark.slow
 # A test gets a block by block, block.sh or follow, and in no other way: so these calls say which blocks are run.
@@ -153,6 +155,84 @@ def test_dnsmasq_page_gives_the_bridge_names_and_leases(bare):
     wait_for(lambda: bare.run(*ask).stdout == "10.83.0.1\n", "a name")
 
 
+def test_dnsmasq_page_has_a_lan_find_names_by_its_router_and_nothing_else(bare):
+    shutil.copy(TOP / "instances-update.py", bare.sbin)
+    bare.follow("examples/dnsmasq/README.md", "cp br0.conf")
+    (bare.folder / "instances.hosts.d" / "names").write_text("10.83.0.1 host.instance.internal\n")
+    lan = Namespace("lan")
+    try:
+        bare.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", lan.name)
+        for node, address in ((bare, "192.0.2.1/24"), (lan, "192.0.2.7/24")):
+            node.run("ip", "address", "add", address, "dev", "eth0")
+            node.run("ip", "link", "set", "eth0", "up")
+        lines = re.findall("`((?:server|rebind-domain-ok)=[^`]*)`", (EXAMPLES / "dnsmasq/README.md").read_text())
+        router = ("dnsmasq", "-d", "-R", "-C", "/dev/null", "--listen-address=127.0.0.1", "--bind-interfaces")
+        lan.start(*router, "--stop-dns-rebind", *(f"--{line}" for line in lines), stderr=subprocess.DEVNULL)
+        ask = ("dig", "+short", "+timeout=1", "+tries=1", "@127.0.0.1", "host.instance.internal")
+        assert lan.run(*ask, check=False).stdout.startswith(";")
+        (bare.etc / "dnsmasq.d" / "lan.conf").write_text(block("examples/dnsmasq/README.md", "auth-zone"))
+        bare.shell("systemctl restart dnsmasq")
+        wait_for(lambda: lan.run(*ask, check=False).stdout == "10.83.0.1\n", "the name")
+        other = lan.run("dig", "+timeout=1", "@192.0.2.1", "1.0.83.10.in-addr.arpa", "PTR").stdout
+        assert "REFUSED" in other
+        guest = bare.client("web", "10:66:6a:4c:a1:11")
+        guest.dhcp4("web")
+        assert guest.resolve("host.instance.internal", "A") == ["10.83.0.1"]
+    finally:
+        lan.close()
+
+
+# Asks for a router advertisement, and prints it
+SOLICITATION = """\
+import socket
+asked = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+asked.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+asked.settimeout(10)
+asked.sendto(bytes([133]) + bytes(7), ("ff02::2", 0, 0, socket.if_nametoindex("eth0")))
+while (heard := asked.recv(1500))[0] != 134:
+    pass
+print(heard.hex())
+"""
+
+
+@pytest.mark.parametrize("config", ["dnsmasq/br0.conf", "adopting/instances.conf", "network/gateway.conf"])
+def test_no_configuration_gives_a_guest_a_name_that_others_look_for_services_by(bare, config):
+    shutil.copy(TOP / "instances-update.py", bare.sbin)
+    text = (EXAMPLES / config).read_text().replace("=gw0", "=br0")
+    if config == "adopting/instances.conf":  # what was there before it
+        text += "interface=br0\nexcept-interface=lo\nbind-interfaces\nno-ping\ndhcp-range=10.83.0.100,10.83.0.199\n"
+    (bare.etc / "dnsmasq.d" / "x.conf").write_text(text)
+    bare.shell("mkdir -p /var/lib/misc/instances.hosts.d; systemctl restart dnsmasq")
+    options = ("-xhostname:WPAD", "-xhostname:wpad.x", "-Fisatap.instance.internal", "-Flocalhost", "-xhostname:web.x")
+    names = []
+    for number, option in enumerate(options):
+        guest = bare.client(f"g{number}", f"10:66:6a:4c:a1:2{number}", wait=False)
+        guest.run("udhcpc", "-qfn", "-i", "eth0", "-s", "/bin/true", "-T", "1", option)
+        names.append(wait_for(lambda g=guest: bare.registry().get(g.mac), option)["name"])
+    assert names == ["", "", "", "", "web"]
+
+
+def test_br0_conf_tells_guests_the_search_domain_the_mtu_and_servers_that_all_may_ask(bare):
+    shutil.copy(TOP / "instances-update.py", bare.sbin)
+    bare.shell("mkdir -p /var/lib/misc/instances.hosts.d")
+    config = (EXAMPLES / "dnsmasq/br0.conf").read_text()
+    (bare.etc / "dnsmasq.d" / "br0.conf").write_text(
+        config.replace("#dhcp-option=option:mtu", "dhcp-option=option:mtu")
+    )
+    bare.shell("systemctl restart dnsmasq")
+    guest = bare.client("web", "10:66:6a:4c:a1:11")
+    guest.script.write_text(guest.script.read_text() + 'echo "servers ${new_dhcp6_name_servers-}" >>"$0.log"\n')
+    guest.dhcp4("web")
+    guest.dhcp6("web")
+    guest.script.write_text('#!/bin/sh\necho "domain ${domain-} search ${search-}" >>"$0.log"\n')
+    guest.run("udhcpc", "-qfno", "-i", "eth0", "-s", guest.script)  # asks for no option
+    told = guest.events()
+    assert "domain instance.internal search instance.internal\n" in told
+    assert "mtu=1400" in told and "servers fd83:5eed::1 2001:67c:83::1" in told and not re.search("servers.*fe80", told)
+    advertisement = guest.run(sys.executable, "-c", SOLICITATION).stdout
+    assert re.search("1905.{12}fd835eed0{23}12001067c00830{19}1", advertisement)
+
+
 def test_nftables_page_loads_both_tables(machine):
     machine.follow("examples/nftables/README.md", "cp bridge.nft firewall.nft")
     tables = machine.run("nft", "list", "tables").stdout
@@ -163,7 +243,7 @@ def test_nftables_recipe_tells_who_was_dropped(machine, guests):
     take(guests[0], "10.83.0.66/24")
     assert not pings_from(guests[0], "10.83.0.66")
     told = machine.follow("examples/nftables/README.md", "nft list set")
-    assert re.search("10:66:6a:4c:a1:11 counter packets [1-9]", told) and '"name": "web"' in told
+    assert re.search("10:66:6a:4c:a1:11 . .*. counter packets [1-9]", told) and '"name": "web"' in told
 
 
 def test_nftables_recipe_enters_a_fixed_address(machine):
@@ -254,6 +334,18 @@ def test_nftables_recipe_for_a_kernel_that_does_not_know_a_frames_bridge(machine
     assert "ibrname" not in machine.run("nft", "list", "ruleset").stdout
 
 
+def test_nftables_recipes_for_several_bridges(machine):
+    machine.run("ip", "link", "add", "br1", "type", "bridge")
+    machine.follow("examples/nftables/README.md", "--initialize br1")
+    assert {"host", "host-br1"} <= {instance["name"] for instance in machine.registry().values()}
+    machine.follow("examples/nftables/README.md", "misc.instances")
+    machine.shell("instances-process.py --force; nft -f examples/nftables/bridge.nft")
+    machine.shell("INSTANCES_BASE_ID=br1 instances-process.py --force; nft -f /etc/instances-br1/bridge.nft")
+    tables = {"bridge instances", "inet instances_group", "arp instances_group"}
+    tables |= {"bridge instances-br1", "inet instances-br1_group", "arp instances-br1_group"}
+    assert tables == {line.removeprefix("table ") for line in machine.run("nft", "list", "tables").stdout.splitlines()}
+
+
 def test_systemd_page_shows_a_rule_file_that_is_loaded(machine):
     (machine.etc / "instances" / "mine.nft").write_text(block("examples/systemd/README.md", "table inet mine"))
     machine.shell("instances-apply")
@@ -278,7 +370,7 @@ def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force_until_it_
     machine.follow("examples/egress/README.md", "instances-egress allow")
     config = (machine.etc / "dnsmasq.d" / "egress.conf").read_text()
     assert "nftset=/debian.org/" in config and "nftset=/pypi.org/" in config
-    assert "@web.v4.instance" in machine.run("nft", "list", "table", "inet", "egress-rules").stdout
+    assert "10:66:6a:4c:a1:11" in machine.run("nft", "list", "table", "inet", "egress").stdout
     assert machine.run("dig", "+short", "@10.83.0.1", "host.instance.internal").stdout == "10.83.0.1\n"
     machine.follow("examples/egress/README.md", "rm -r /etc/instances/egress.nft")
     assert "egress" not in machine.run("nft", "list", "tables").stdout and not list(machine.etc.rglob("*egress*"))
@@ -310,5 +402,6 @@ def test_bridge_page_brings_its_bridge_up(bridgeless):
     bridgeless.follow("examples/bridge/README.md", "ifup vmbr0")
     bridgeless.client("web", "10:66:6a:4c:a1:11", bridge="vmbr0").dhcp4("web")
     assert bridgeless.registry()["10:66:6a:4c:a1:11"]["ipv4"].startswith("10.83.1.")
-    bridgeless.shell("ifdown vmbr0")
-    assert "vmbr0" not in bridgeless.run("ip", "-br", "link").stdout
+    bridgeless.shell("ifdown vmbr0")  # the bridge stays, having a guest's port
+    bridgeless.run("ip", "link", "delete", "vmbr0")
+    assert not bridgeless.run("nft", "list", "tables").stdout

@@ -999,6 +999,12 @@ def test_edit_that_is_no_registry_stays_in_a_copy_with_which_the_next_goes_on(ba
     assert read(base) == {"x": {"name": "mail"}} and not copies(base)
 
 
+def test_edit_whose_copy_is_gone_removes_nobody(base):
+    write(base, {MAC: {"name": "web"}})
+    result = edit(base, 'rm "$1"')
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and read(base) == {MAC: {"name": "web"}}
+
+
 def test_edit_keeps_what_others_change_meanwhile_and_is_refused_where_both_change_one_instance(base):
     write(base, {MAC: {"name": "web"}, OTHER: {"name": "db"}})
     assert edit(base, 'f mail; sed -i s/web/www/ "$1"').returncode == 0

@@ -407,7 +407,11 @@ def test_ifup_after_a_failed_one_works_and_ifdown_leaves_nothing(vmbridge):
     assert up.returncode == 0, up.stderr
     assert vmbridge("status", bridge="vmbr0").returncode == 0 and "masquerade" in vmbridge.ruleset()
     client.dhcp4("web")  # its port is on the bridge still
-    down = vmbridge.run("ifdown", "vmbr0")
-    assert down.returncode == 0, down.stderr
-    assert vmbridge.left() == []
+    for command in ("ifdown", "ifup"):
+        done = vmbridge.run(command, "vmbr0")
+        assert done.returncode == 0, done.stderr
+        assert (vmbridge.left() == []) == (command == "ifdown")
+    wait_for(lambda: client.pings("10.83.1.1"), "the guest is on the bridge that is up again")
+    client.run("ip", "link", "delete", "eth0")
+    assert vmbridge.run("ifdown", "vmbr0").returncode == 0 and vmbridge.left() == []
     assert vmbridge.host.run("ip", "link", "show", "vmbr0", check=False).returncode

@@ -17,10 +17,13 @@ from lab import EXAMPLES, PROCESS, block, environment, run, run_script, wait_for
 pytestmark = pytest.mark.slow
 
 ZONE = EXAMPLES / "zone" / "instances-zone.py"
-ZONE_COMMANDS = block("examples/zone/README.md", ".py zone ")
+ZONE_COMMANDS = block("examples/zone/README.md", "install -m 755")
 TINYDNS_COMMANDS = block("examples/zone/README.md", ".py tinydns ")
 AVAHI_COMMANDS = block("examples/zone/README.md", ".py avahi ")
+REVERSE_COMMANDS = block("examples/zone/README.md", "10.83.0.0/24")
+PAGE = (EXAMPLES / "zone" / "README.md").read_text()
 SERVER = ("instance.example", "ns.instance.example=192.0.2.53")
+ASK = ("dig", "+short", "+norecurse", "+timeout=1", "+tries=1")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 REGISTRY = {
     "10:66:6a:4c:a1:11": {
@@ -114,16 +117,22 @@ def two_sides(host):
     return host, ask
 
 
-def start_bind(host, address: str, file: Path, second: str = "") -> subprocess.Popen:
-    """Start BIND as the primary server of a zone file, which tells the second servers of a change."""
+def listening(server: str, address: str) -> str:
+    """Return how the page has a server listen on an address only; "" where it is to listen as it is delivered."""
+    [text] = re.findall(rf"^\| {server} \|.*?`((?:listen|ip-address)[^`]*)`", PAGE, re.MULTILINE)
+    return text.replace("192.0.2.53", address) if address else ""
+
+
+def start_bind(host, address: str, files: Path | dict, second: str = "") -> subprocess.Popen:
+    """Start BIND as the primary server of zone files, or of one, which tells the second servers of a change."""
     folder = host.folder / "bind"
     folder.mkdir()
-    options = (
-        f'directory "{folder}"; pid-file none; recursion no; listen-on {{ {address}; }}; listen-on-v6 {{ none; }};'
-    )
-    options += f" notify-source {address}; allow-transfer {{ any; }};"
-    zone = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }};'
-    text = f'options {{ {options} }};\ncontrols {{ }};\nzone "instance.example" {{ {zone} }};\n'
+    options = f'directory "{folder}"; pid-file none; recursion no; {listening("BIND", address)}'
+    options += f" notify-source {address or '*'}; allow-transfer {{ any; }};"
+    text = f"options {{ {options} }};\ncontrols {{ }};\n"
+    for name, file in (files if isinstance(files, dict) else {"instance.example": files}).items():
+        zone = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }};'
+        text += f'zone "{name}" {{ {zone} }};\n'
     (folder / "named.conf").write_text(text)
     return host.start("named", "-f", "-c", folder / "named.conf", **QUIET)
 
@@ -131,7 +140,7 @@ def start_bind(host, address: str, file: Path, second: str = "") -> subprocess.P
 def start_nsd(host, address: str, zone: str) -> subprocess.Popen:
     """Start nsd with a line for each of the zone's options."""
     config = host.folder / "nsd.conf"
-    lines = ["server:", f"ip-address: {address}", 'username: ""']
+    lines = ["server:", listening("nsd", address), 'username: ""']
     lines += [f'{name}: "{host.folder}"' for name in ("zonesdir", "xfrdir")]
     lines += [f'{name}: "{host.folder}/nsd.{name}"' for name in ("database", "pidfile", "xfrdfile", "zonelistfile")]
     config.write_text("\n".join([*lines, "remote-control:", "control-enable: no", "zone:", zone, ""]))
@@ -142,7 +151,7 @@ def start_knot(host, address: str, zone: str, rest: str = "") -> subprocess.Pope
     """Start Knot with the lines of its only zone."""
     folder = host.folder / "knot"
     folder.mkdir()
-    places = f"server:\n    listen: {address}@53\n    rundir: {folder}\n"
+    places = f"server:\n    {listening('Knot', address)}\n    rundir: {folder}\n"
     places += f"database:\n    storage: {folder}\n{rest}"
     (folder / "knot.conf").write_text(f"{places}zone:\n  - domain: instance.example\n    storage: {folder}\n{zone}")
     return host.start("knotd", "-c", folder / "knot.conf", **QUIET)
@@ -209,6 +218,135 @@ def test_second_server_follows_a_change_by_notify_and_axfr(host):
             assert not [row for row in transfer(host, address) if row.startswith("mail.")]
 
 
+def test_servers_on_the_host_of_dnsmasq_leave_the_bridge_to_it(host):
+    need("named", "nsd", "knotd")
+    make_hosts(host.folder)
+    made("zone", host.folder, *SERVER)
+    (host.folder / "instances.hosts.d").mkdir()
+    (host.folder / "instances.hosts.d" / "names").write_text("10.83.0.1 host.instance.internal\n")
+    guest = host.client("web", "10:66:6a:4c:a1:11")
+    guest.run("ip", "address", "add", "10.83.0.11/24", "dev", "eth0")
+    for number in (53, 54, 55):
+        host.run("ip", "address", "add", f"192.0.2.{number}/24", "dev", "lo")
+    host.start_dnsmasq(config=host.example("dnsmasq/br0.conf"))
+    start_bind(host, "192.0.2.53", host.folder / "made")
+    start_nsd(host, "192.0.2.54", f'name: instance.example\nzonefile: "{host.folder}/made"')
+    start_knot(host, "192.0.2.55", f"    file: {host.folder}/made\n")
+    for server in ("192.0.2.53", "192.0.2.54", "192.0.2.55"):
+        question = (*ASK, f"@{server}", "ns.instance.example")
+        wait_for(lambda q=question: host.run(*q, check=False).stdout == "192.0.2.53\n", server)
+    assert [guest.resolve("host.instance.internal", "A") for _ in range(3)] == 3 * [["10.83.0.1"]]
+
+
+def test_reverse_zones_of_all_sizes_have_each_address_once_and_are_loaded(host):
+    need("named", "named-checkzone", "nsd-checkzone", "tinydns", "tinydns-data")
+    hosts = make_hosts(host.folder, REGISTRY | BAD_VALUES)
+    zones = {}
+    for network, expected in REVERSE.items():
+        assert zone("zone", host.folder, network, *SERVER[:1], "ns.instance.example", file="part").returncode == 0
+        text = (host.folder / "part").read_text()
+        name = re.search(r"^(\S+) SOA", text, re.MULTILINE)[1]
+        file = host.folder / f"reverse-{len(zones)}"
+        zones[name.removesuffix(".")] = (host.folder / "part").rename(file)
+        for checker in ("named-checkzone", "nsd-checkzone"):
+            run(checker, name.removesuffix("."), file)
+        assert dict(re.findall(r"^(\S+) PTR (\S+)$", text, re.MULTILINE)) == {
+            f"{labels}.{name}": f"{target}.instance.example." for labels, target in expected.items()
+        }
+    # The page's zone, and the parent of a part as RFC 2317 has it: asked for an address, a server finds the pointer.
+    (host.folder / "var/lib/misc").mkdir(parents=True)
+    hosts.rename(host.folder / "var/lib/misc/instances.hosts")
+    run_commands(REVERSE_COMMANDS, host.folder)
+    parent = host.folder / "parent"
+    part = "0-15.0.20.198.in-addr.arpa"
+    parent.write_text(f"$TTL 60\n@ SOA ns.x. a.x. 1 1 1 1 1\n@ NS ns.x.\n$GENERATE 0-15 $ CNAME $.{part}.\n")
+    zones |= {"0.20.198.in-addr.arpa": parent, "0.83.10.in-addr.arpa": host.folder / "var/lib/bind/10.83.0.zone"}
+    start_bind(host, "10.83.0.1", zones)
+
+    def pointed(*question):
+        found = host.run(*ASK, "@10.83.0.1", *question, check=False).stdout.strip()
+        return pointed(found, "PTR") if found.endswith("arpa.") else found  # a resolver follows a CNAME itself
+
+    for address, name in {"10.83.0.11": "web.lan", "198.20.0.9": "mail.wan", "2001:67c:83::11": "web.wan"}.items():
+        wait_for(lambda a=address, n=name: pointed("-x", a) == f"{n}.instance.example.", f"the name of {address}")
+
+
+REVERSE = {  # networks, and the pointers in their zones
+    "10.83.0.0/24=rev.example.net": {"11": "web.lan", "15": "lan.lan"},
+    "10.83.0.0/16": {"11.0": "web.lan", "15.0": "lan.lan"},
+    "10.0.0.0/8": {"11.0.83": "web.lan", "15.0.83": "lan.lan"},
+    "198.20.0.0/28": {"9": "mail.wan", "14": "ns.wan"},
+    "198.20.0.0/28=0-15.0.20.198.in-addr.arpa": {"9": "mail.wan", "14": "ns.wan"},
+    "198.20.0.9/32": {"9": "mail.wan"},
+    "2001:67c:83::/48": {
+        ".".join(f"{'11':0>20}"[::-1]): "web.wan",
+        ".".join("00010002000300040005"[::-1]): "mail.wan",
+    },
+    "fd83:5eed::/124": {},
+    "fd83:5eed::10/124": {"1": "web.lan", "4": "ns.lan"},
+}
+
+
+@pytest.mark.parametrize("kind", ["zone", "tinydns"])
+def test_own_records_stand_beside_the_instances_and_no_instance_takes_their_names(tmp_path, kind):
+    need("named-checkzone", "nsd-checkzone", "tinydns-data")
+    registry = REGISTRY | {"10:66:6a:4c:a1:16": {"name": "www", "ipv4": "198.20.0.16"}}
+    make_hosts(tmp_path, registry)
+    own = {
+        "zone": [
+            "@ MX 10 mail.wan",
+            "* 300 IN A 192.0.2.80",
+            'web.wan TXT "of (web); "',
+            "WWW.wan CNAME web.wan",
+            "lan.lan.Instance.example. IN 60 A 10.83.0.99",
+        ],
+        "tinydns": [
+            "@instance.example::mail.wan.instance.example:10",
+            "+*.instance.example:192.0.2.80",
+            "'web.wan.instance.example:of web",
+            "Cwww.wan.instance.example:web.wan.instance.example",
+            "+www.instance.example:192.0.2.81",
+            "=lan.lan.instance.example:10.83.0.99",
+        ],
+    }[kind]
+    (tmp_path / "made.own").write_text("\n".join(["# mine" if kind == "tinydns" else "; mine", "", *own, ""]))
+    result = zone(kind, tmp_path, *SERVER)
+    assert result.returncode == 0 and "www.wan.instance.example is" in result.stderr
+    text = (tmp_path / "made").read_text()
+    assert text.endswith("\n".join([*own, ""])) and "198.20.0.16" not in text.replace("+www.lan", "")
+    assert "10.83.0.15" not in text.replace("+lan.instance.example:10.83.0.15", "")
+    assert "2001:67c:83::11" in text or ":28:" in text
+    if kind == "zone":
+        for checker in ("named-checkzone", "nsd-checkzone"):
+            run(checker, "instance.example", tmp_path / "made")
+    else:
+        (tmp_path / "made").rename(tmp_path / "data")
+        run("tinydns-data", cwd=tmp_path)
+    before = serial(tmp_path) if kind == "zone" else 0
+    (tmp_path / "made.own").unlink()
+    made(kind, tmp_path, *SERVER)
+    assert serial(tmp_path) > before and "198.20.0.16" in (tmp_path / "made").read_text()
+
+
+def test_own_record_that_is_none_is_told_and_changes_nothing(tmp_path):
+    make_hosts(tmp_path)
+    before = made("zone", tmp_path, *SERVER)
+    for line in (
+        "x SOA n.x. a.x. 1 1 1 1 1",
+        " A 1.1.1.1",
+        "web 1.1.1.1",
+        "web A",
+        "web A ;",
+        "$TTL 5 a b",
+        "ü A 1.1.1.1",
+        ")",
+    ):
+        (tmp_path / "made.own").write_text(f"www CNAME web.wan\n{line}\n")
+        result = zone("zone", tmp_path, *SERVER)
+        assert result.returncode == 1 and "made.own: not a record" in result.stderr and result.stderr.count("\n") == 1
+        assert (tmp_path / "made").read_text() == before
+
+
 def test_tinydns_answers_by_where_the_client_is_and_no_instance_is_the_name_server(two_sides):
     need("tinydns", "tinydns-data")
     host, ask = two_sides
@@ -242,12 +380,11 @@ def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
     client.run("ip", "address", "add", "10.83.0.21/24", "dev", "eth0")
     etc.mkdir(parents=True)
     (host.folder / "var/lib/misc").mkdir(parents=True)
-    (etc / "hosts").write_text("# avahi's own\n")
+    (etc / "hosts").write_text("# avahi's own\n192.0.2.7 printer.local\n")
     (etc / "avahi-daemon.conf").write_text("[server]\nenable-dbus=no\nallow-interfaces=br0\n")
     hosts = make_hosts(host.folder, REGISTRY | BAD_VALUES)
     hosts.rename(host.folder / "var/lib/misc/instances.hosts")
     run_commands(AVAHI_COMMANDS, host.folder)
-    assert (etc / "hosts.orig").read_text() == "# avahi's own\n"
     places = 'mount --bind "$1" /etc/avahi; mount -t tmpfs tmpfs /run; '
     avahi = places + "exec avahi-daemon --no-drop-root --no-chroot --no-rlimits"
     daemon = host.start("unshare", "-m", "sh", "-c", avahi, "sh", etc, **QUIET)
@@ -259,9 +396,9 @@ def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
     wait_for(lambda: ask("web.local", "A") == ["10.83.0.11"], "avahi")
     wait_for(lambda: ask("web.local", "AAAA") == ["2001:67c:83::11", "fd83:5eed::11"], "avahi's IPv6 addresses")
     wait_for(lambda: ask("mail.local", "A") == ["198.20.0.9"], "avahi's other name")
+    wait_for(lambda: ask("printer.local", "A") == ["192.0.2.7"], "a name of one's own")
     moved = REGISTRY | {"10:66:6a:4c:a1:12": {"name": "post", "ipv4": "198.20.0.9"}}
     make_hosts(host.folder, moved).rename(host.folder / "var/lib/misc/instances.hosts")
-    (etc / "hosts.orig").rename(etc / "orig")
     run_script(ZONE, "avahi", host.folder / "var/lib/misc/instances.hosts", etc / "hosts", "local", base=host.base)
     daemon.send_signal(signal.SIGHUP)
     wait_for(
@@ -354,32 +491,45 @@ def test_two_servers_with_addresses_of_both_kinds_are_loaded(tmp_path):
     run("tinydns-data", cwd=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("instance.example", "ns.instance.example"),
-        ("instance.example", "instance.example"),
-        ("instance.example", "ns.example.net=192.0.2.53"),
-        ("instance.example", "ns.instance.example=192.0.2.256"),
-        ("instance.example", "ns.instance.example=fe80::1%eth0"),
-        ("instance.example", "192.0.2.53"),
-        ("instance.example", "ns.example.net\n@ A 192.0.2.1"),
-        ("instance.example:x", "ns.example.net"),
-        ("instance.example.", "ns.example.net"),
-        (".instance.example", "ns.example.net"),
-        ("", "ns.example.net"),
-        (f"{'a' * 63}.{'b' * 63}.{'c' * 63}", "ns.example.net"),
-    ],
-)
+REFUSED = [
+    ("instance.example", "ns.instance.example"),
+    ("instance.example", "instance.example"),
+    ("instance.example", "ns.example.net=192.0.2.53"),
+    ("instance.example", "ns.instance.example=192.0.2.256"),
+    ("instance.example", "ns.instance.example=fe80::1%eth0"),
+    ("instance.example", "192.0.2.53"),
+    ("instance.example", "ns.instance.example=127.0.0.1"),
+    ("instance.example", "ns.instance.example=::"),
+    ("instance.example", "ns.instance.example=ff02::1"),
+    ("0.83.10.in-addr.arpa", "ns.example.net"),
+    ("3.8.0.0.c.7.6.0.1.0.0.2.IP6.arpa", "ns.example.net"),
+    ("10.83.0.0/22", "instance.example", "ns.example.net"),
+    ("2001:67c:83::/62", "instance.example", "ns.example.net"),
+    ("10.83.0.1/24", "instance.example", "ns.example.net"),
+    ("0.0.0.0/0", "instance.example", "ns.example.net"),
+    ("169.254.0.0/16", "instance.example", "ns.example.net"),
+    ("10.83.0.0/24=x y.arpa", "instance.example", "ns.example.net"),
+    ("10.83.0.0/24", "0.83.10.in-addr.arpa", "ns.example.net"),
+    ("10.83.0.0/24=rev.example.net", "instance.example", "ns.rev.example.net"),
+    ("instance.example", "ns.example.net\n@ A 192.0.2.1"),
+    ("instance.example:x", "ns.example.net"),
+    ("instance.example.", "ns.example.net"),
+    (".instance.example", "ns.example.net"),
+    ("", "ns.example.net"),
+    (f"{'a' * 63}.{'b' * 63}.{'c' * 63}", "ns.example.net"),
+]
+
+
 @pytest.mark.parametrize("kind", ["zone", "tinydns"])
-def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tmp_path, kind, words):
+def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tmp_path, kind):
     make_hosts(tmp_path)
     before = made(kind, tmp_path, *SERVER)
     make_hosts(tmp_path, {})
-    result = zone(kind, tmp_path, *words)
-    assert result.returncode == 1 and result.stderr.startswith("instances-zone.py: error: ")
-    assert len(result.stderr.splitlines()) == 1
-    assert (tmp_path / "made").read_text() == before and not (tmp_path / "made.new").exists()
+    for words in REFUSED:
+        result = zone(kind, tmp_path, *words)
+        assert result.returncode == 1 and result.stderr.startswith("instances-zone.py: error: "), words
+        assert len(result.stderr.splitlines()) == 1
+        assert (tmp_path / "made").read_text() == before and not (tmp_path / "made.new").exists()
 
 
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
@@ -417,7 +567,8 @@ def test_file_that_is_not_ascii_is_told_by_its_name(tmp_path):
 
 
 def test_wrong_usage_is_told(tmp_path):
-    for words in ([], ["zone"], ["zone", "hosts", "file", "instance.example"], ["bind", "h", "f", *SERVER]):
+    no_server = [["zone", "h", "f", "instance.example"], ["zone", "h", "f", "10.83.0.0/24", "instance.example"]]
+    for words in ([], ["zone"], *no_server, ["bind", "h", "f", *SERVER]):
         result = run_script(ZONE, *words, base=tmp_path)
         assert result.returncode == 2 and result.stderr.startswith("usage: ")
     assert run_script(ZONE, "avahi", "h", "f", "local", "more", base=tmp_path).returncode == 2
