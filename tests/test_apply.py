@@ -630,6 +630,13 @@ def test_guard_that_only_observes_is_a_setting(applied):
         assert re.search(rf"^\s*{verdict}$", chain, re.MULTILINE)
 
 
+def test_guard_of_a_bridge_that_is_not_there_is_told(applied):
+    bridge = applied.rules / "bridge.nft"
+    assert "bridge.nft: loaded\n" in applied.apply().stderr
+    bridge.write_text(bridge.read_text().replace('guarded = "br0"', 'guarded = { "br0", "br7" }'))
+    assert "bridge.nft: loaded; there is no bridge br7 yet\n" in applied.apply().stderr
+
+
 def test_all_is_in_force_after_a_boot(applied):
     applied.apply()
     first = applied.ruleset()

@@ -103,7 +103,7 @@ def test_settings_are_a_conffile_in_which_nothing_is_set(built):
     assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
     text = (built / "root" / "etc" / "default" / "instances").read_text()
     assert all(line.startswith("#") for line in text.splitlines() if line)
-    assert len(DEFAULTS) == 5
+    assert len(DEFAULTS) == 6
     shown = [(name, value or "none") for name, value in re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE)]
     assert shown == DEFAULTS
 
