@@ -335,8 +335,9 @@ chain instances_drop_dhcp {
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
     udp dport 67 @th,64,24 0x010106 @th,256,32 0 @th,192,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
         @instances_same_mac return
-    # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3)
-    udp dport 547 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
+    # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3), from a link-local address,
+    # which no two guests share: by it the server finds the client's MAC address.
+    udp dport 547 @nh,64,64 0xfe80000000000000 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
     goto instances_reason_dhcp_message
 }
 # Use: meta l4proto { 2, 51, 58, 103 } jump instances_drop_query
