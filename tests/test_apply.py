@@ -588,11 +588,7 @@ def test_new_script_is_in_force_though_a_set_of_it_has_another_type(applied):
 
 
 def test_guard_of_the_former_release_is_replaced(applied):
-    former = """table bridge instances_asked {
-        set asked { typeof ether saddr . udp dport; size 65536; flags dynamic,timeout; timeout 1m; }
-        chain input { type filter hook input priority 10; policy accept; }
-    }
-    table bridge instances {
+    former = """table bridge instances {
         set instances_ip { type ipv4_addr; }
         chain prerouting { type filter hook prerouting priority 0; policy accept; }
     }"""
