@@ -6,7 +6,6 @@ usage: instances-update.py add|old MAC IP [HOSTNAME]            what dnsmasq tel
        instances-update.py --rename INSTANCE NAME               name an instance
        instances-update.py --allow INSTANCE [IP|NETWORK ...]    what else it may send from, in place of what was allowed
        instances-update.py --remove INSTANCE                    remove an instance
-       instances-update.py --edit                               edit a copy of the registry, and put it in place
        instances-update.py --help | --version
 
 INSTANCE is a name or a MAC address. That of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
@@ -306,19 +305,6 @@ def remove(registry, mac):
     return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
 
 
-def put(registry, before, edited, copy):
-    """Put in place what was edited; return as register does. ValueError if somebody else has changed that, too."""
-    macs = [mac for mac in before | edited if before.get(mac) != edited.get(mac)]
-    for mac in macs:
-        if registry.get(mac) != before.get(mac):
-            raise ValueError(f"{mac} was changed meanwhile: your edit is not put in place, and stays in {copy}")
-        if mac in edited:
-            registry[mac] = edited[mac]
-        else:
-            del registry[mac]
-    return ", ".join(macs) + ": edited" if macs else "", []
-
-
 def registry_text(registry):
     """Return the registry as the file has it."""
     import json
@@ -418,21 +404,6 @@ def report(change, *arguments):
     return 0
 
 
-def edit():
-    """Have a copy of the registry edited, and put in place what was edited of it; return the exit status."""
-    path = base_path() + ".json"
-    before, copy = read_registry(path), f"{path}.{os.stat(path).st_mtime_ns}"
-    os.umask(0o177)  # the registry may be for root's eyes only
-    if not os.path.exists(copy):  # or else it is of an edit of the same registry that could not be put in place
-        replace_file(copy, registry_text(before))
-    if status := os.spawnlp(os.P_WAIT, "sh", "sh", "-c", '${EDITOR:-vi} "$0"', copy):
-        raise ValueError(f"the editor's exit status is {status}: nothing is changed, and {copy} stays")
-    os.stat(copy)  # a copy that is gone is no empty registry
-    report(put, before, read_registry(copy), copy)
-    os.unlink(copy)
-    return 0
-
-
 def lease(action, mac, ip, hostname="", *_):
     """Register a lease that dnsmasq tells of, or what is entered by hand; return the exit status."""
     by_hand = not (os.environ.get("DNSMASQ_LEASE_EXPIRES") or os.environ.get("DNSMASQ_LEASE_LENGTH"))
@@ -473,8 +444,6 @@ def main(arguments):
             return report(initialize, mac, {"name": name, **fields})
         case ["--rename", _, _] | ["--allow", _, *_] | ["--remove", _]:
             return report(change_instance, changes[arguments[0]], *arguments[1:])
-        case ["--edit"]:
-            return edit()
         case ["--help" | "-h" | "help", *_]:
             os.write(1, __doc__.partition("\n\n")[2].encode())
             return 0

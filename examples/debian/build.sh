@@ -21,7 +21,7 @@ cp examples/systemd/instances.path examples/systemd/instances.service examples/s
 # Where a package's programs are, and its Python
 sed -i 's|/usr/local/sbin/instances|/usr/sbin/instances|' debian/instances.service examples/dnsmasq/br0.conf
 sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py instances-process.py \
-    examples/systemd/instances-apply
+    examples/systemd/instances-apply examples/systemd/instances-edit
 
 # A version that grows with each build
 sed -i "1s/(\(.*\))/(\1+$(date -u +%Y%m%d%H%M%S))/" debian/changelog
