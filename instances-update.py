@@ -214,7 +214,7 @@ def is_in(address, networks):
         try:
             if ip_address(address) in ip_network(network):
                 return True
-        except (TypeError, ValueError):
+        except ValueError:
             pass
     return False
 
@@ -362,32 +362,23 @@ def is_own(address):
     return any(":" in address or "/32 host LOCAL" in after.partition("|--")[0] for after in found)
 
 
-def version(path):
-    """Return what is another after each replacement or edit of a file, None where there is no file."""
-    status = os.stat(path) if os.path.exists(path) else None
-    return status and (status.st_ino, status.st_mtime_ns, status.st_size)
-
-
 def change_registry(change, follower=False):
     """Change the registry by change(registry) and make the marker; return what change returned.
 
     change() changes the registry in place, and returns what it changed (false: nothing, and nothing is written) and
-    warnings. It is called without the lock, so that who changes nothing waits for nobody, and again under the lock if
-    somebody was faster. ValueError on a host that follows another, but not for the follower itself, which replaces
-    also what is no registry.
+    warnings. It is called without the lock, so that who changes nothing waits for nobody, and once more under the lock.
+    ValueError on a host that follows another; not for the follower itself, which replaces also what is no registry.
     """
     base = base_path()
     path, follows = base + ".json", base + ".follows"
-    seen, registry = version(path), read_registry(path, follower)
-    result = change(registry)
-    if result[0]:  # there is something to change
+    result = change(read_registry(path, follower))
+    if result[0]:
         with locked(base):
             if os.path.exists(follows) and not follower:  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            if version(path) != seen:
-                registry = read_registry(path, follower)
-                result = change(registry)
+            registry = read_registry(path, follower)
+            result = change(registry)
             if result[0]:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))
