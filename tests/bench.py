@@ -18,7 +18,7 @@ from pathlib import Path
 
 import scapy.all as scapy
 from conftest import load
-from lab import PROCESS, UPDATE, Host, environment, wait_for
+from lab import PROCESS, UPDATE, Host, environment, process_file, wait_for
 
 SIZES = (1, 100, 1_000, 10_000)
 PAIRS = 20
@@ -276,6 +276,52 @@ def measure_way_in(folder: Path) -> None:
             host.close()
 
 
+def measure_applying(folder: Path) -> None:
+    """Measure a change of one address, until it is in the guard and dnsmasq has its name, beside a load of it all."""
+    for size in SIZES[1:]:
+        (folder / str(size)).mkdir()
+        host = Host(folder / str(size), ("10.83.0.1/16",))
+        try:
+            write_registry(host.base, size)
+            (host.folder / "rules").mkdir()
+            guard = host.example("nftables/bridge.nft").rename(host.folder / "rules" / "bridge.nft")
+            host.write_settings()
+            host.run(*host.applying())
+            host.start_dnsmasq(config=host.example("dnsmasq/br0.conf"))
+            times = {"update": [], "apply": [], "all": [], "dnsmasq": [], "whole": [], "nothing": [], "bare": []}
+            for turn in range(PAIRS // 4):
+                address, used = f"10.83.200.{turn + 1}", processor_time(host.dnsmasq.pid)
+                begin = time.perf_counter()
+                host.update("add", mac(size // 2), address)
+                times["update"].append(time.perf_counter() - begin)
+                host.run(*host.applying())
+                times["apply"].append(time.perf_counter() - begin - times["update"][-1])
+                question = ["dig", "+short", "@10.83.0.1", f"web-{size // 2}.instance.internal", "A"]
+                wait_for(lambda h=host, q=question, a=address: h.run(*q, check=False).stdout.split() == [a], "the name")
+                times["all"].append(time.perf_counter() - begin)
+                times["dnsmasq"].append(processor_time(host.dnsmasq.pid) - used)
+                times["nothing"].append(timed(host.command(*host.applying())) / 1000)
+                times["whole"].append(timed(host.command("nft", "-f", guard)) / 1000)
+                times["bare"].append(timed(host.command(*BARE)) / 1000)
+            medians = {what: statistics.median(values) for what, values in times.items()}
+            split = f"update {medians['update']:.2f} s, instances-apply {medians['apply']:.2f} s; dnsmasq's processor"
+            note = f"{split} {medians['dnsmasq']:.2f} s"
+            ours, other = f"{medians['all']:.2f} s", f"{medians['whole']:.2f} s"
+            ratio = medians["all"] / medians["whole"]
+            what = "from an update to element and name / `nft -f` of bridge.nft"
+            show(what, f"{size:,}", ours, other, ratio, note)
+            ours, other = f"{medians['nothing'] * 1000:.0f} ms", f"{medians['bare'] * 1000:.0f} ms"
+            show("instances-apply, nothing changed", f"{size:,}", ours, other, medians["nothing"] / medians["bare"])
+        finally:
+            host.close()
+
+
+def processor_time(pid: int) -> float:
+    """Return how many seconds of the processor the dnsmasq that a process has started has used."""
+    ticks = process_file(pid, "stat").rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     """Print the table."""
     nft = subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.split()[1]
@@ -283,7 +329,14 @@ def main() -> None:
     print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
     print("| what | instances | ours | bare Python or other | ratio | |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
-        for measure in (measure_scripts, measure_restart, measure_frames, measure_loading, measure_way_in):
+        for measure in (
+            measure_scripts,
+            measure_restart,
+            measure_frames,
+            measure_loading,
+            measure_applying,
+            measure_way_in,
+        ):
             folder = Path(name) / measure.__name__
             folder.mkdir()
             measure(folder)

@@ -164,7 +164,7 @@ guest_is guarded
 
 step "somebody empties the guard's table and deletes the names: within a minute they are back"
 run nft flush table bridge instances
-run rm /var/lib/misc/instances.hosts.d/instances.hosts
+run sh -c 'rm /var/lib/misc/instances.hosts.d/*'
 until_true 75 "the guard" sh -c "$guard"
 until_true 5 "the names" sh -c "$name"
 guest_is guarded
@@ -209,6 +209,34 @@ run sh -euc "cd /root/instances/examples/systemd; $(block examples/systemd/READM
     { cat "$folder/log"; fail "the page"; }
 until_true 20 "the setting" grep -q web.v4 /var/lib/misc/instances.nftables_sets
 works
+
+step "one more registry by the page of examples/systemd, with a guest; and undone"
+run sh -euc 'ip link add br1 address 10:66:6a:4c:a1:fd type bridge
+    ip address add 10.84.0.1/24 dev br1
+    ip address add 2001:67c:84::1/80 dev br1 nodad
+    ip address add fd84:5eed::1/80 dev br1 nodad
+    ip link set br1 up
+    ip netns add other
+    ip link add other0 type veth peer name eth0 address 10:66:6a:4c:a1:21 netns other
+    ip link set other0 master br1 up
+    ip -n other link set eth0 up'
+run sh -euc "cd /root/instances/examples/systemd; $(block examples/systemd/README.md 'INSTANCES_BASE_ID=br1 >')" \
+    >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the page"; }
+until_true 20 "the other guard" sh -c 'nft list table bridge instances-br1 | grep -q 10.84.0.1'
+run ip netns exec other udhcpc -f -q -n -i eth0 -s /bin/true -T 1 -t 20 -x hostname:web >/dev/null 2>&1 || fail "its guest"
+until_true 5 "the other guest's name" sh -c 'busybox nslookup web.instance.internal 10.84.0.1 | grep -q "10\.84\.0\.1[0-9][0-9]$"'
+until_true 5 "its guard" sh -c 'nft list table bridge instances-br1 | grep -q 10:66:6a:4c:a1:21'
+not run sh -c 'nft list set bridge instances instances_ip | grep -q 10:66:6a:4c:a1:21' || fail "the first guard has its guest"
+run sh -c "$guard && $name" || fail "the first registry is not as it was"
+works
+not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for each other"
+run sh -euc "$(block examples/systemd/README.md '--remove /etc/default/instances-br1')" >"$folder/log" 2>&1 ||
+    { cat "$folder/log"; fail "its undo lines"; }
+[ -z "$(run find /run /etc /var/lib/misc -name '*br1*' -not -name '*.leases')" ] || fail "something of it is left"
+not run nft list table bridge instances-br1 >/dev/null 2>&1 || fail "its guard is left"
+run sh -c "$guard && $name" || fail "the first registry is gone, too"
+run ip link delete br1
+run ip netns delete other
 
 step "undone by README.md: only dnsmasq is left"
 run sh -euc "$undoing" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }

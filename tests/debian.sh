@@ -104,7 +104,7 @@ files >"$folder/before"
 # left: what is there now and was not
 left() { files | comm -13 "$folder/before" - | tr '\n' ' '; }
 dpkg_i() { must dpkg --force-confold -i "/root/instances/instances_$1_all.deb"; }
-has() { grep -q "$1" "$root/$2" || fail "$2 has no $1"; }
+has() { grep -rq "$1" "$root/$2" || fail "$2 has no $1"; }
 guarded() { run nft list table bridge instances; }
 
 step "installed, a lower version: nothing is in force"
@@ -132,7 +132,7 @@ must ip netns exec guest udhcpc -f -q -n -i eth0 -s /bin/true -t 20 -T 1 -x host
 for _ in $(seq 100); do [ -e "$root/var/lib/misc/instances.updated" ] && break; sleep 0.1; done
 must instances-apply
 has '"name": "web"' var/lib/misc/instances.json
-has ' web.instance.internal' var/lib/misc/instances.hosts.d/instances.hosts
+has ' web.instance.internal' var/lib/misc/instances.hosts.d
 guarded || fail "no guard"
 has '10:66:6a:4c:a1:11' "../log"
 kill "$dnsmasq"

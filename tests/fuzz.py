@@ -8,9 +8,10 @@ line with what is needed to send its frames once more, alone and in the same way
 
     tests/fuzz.py --again SENDER raw|ring FRAME...        each frame in hexadecimal
 
---without N... takes away the Nth rule; --without-each-rule does so with each by turns, and prints what was found first,
-or that it was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest
-guests send did not), else 0.
+--listed loads what a listing of the rules prints, as people save it. --without RULE... takes away rules, by number or
+by a part of their listing; --without-each-rule does so with each by turns, and prints what was found first, or that it
+was missed. Exit status: 1 if there was a violation (what must not arrive did) or a false drop (what honest guests send
+did not), else 0.
 
 fuzz_frames.py makes the frames. fuzz_judge.py judges them: it knows the registry, the RFCs and Linux, and no rule.
 """
@@ -32,21 +33,31 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from fuzz_frames import MULTICAST6, Generator, seal
+from fuzz_frames import MULTICAST6, Generator, seal, udp
 from fuzz_judge import (
+    ADVERT,
     BRIDGE_GROUP,
+    BROADCAST,
     CLAIMED,
     CLOCK,
+    ELSEWHERE,
     EVERYONE,
+    HOST,
     ICMP6,
+    LEASED,
     NOBODY,
     REGISTRY,
+    ROUTER,
     SENDERS,
+    SLAAC,
     SOLICIT,
     SOLICITED_NODE,
+    UDP,
     VICTIM,
     Judge,
     Reassembly,
+    checksum,
+    eui64,
     ip,
     read,
     untagged,
@@ -89,6 +100,18 @@ def packet_socket(interface: str, protocol: int = 0) -> socket.socket:
     result.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING
     result.bind((interface, protocol))
     return result
+
+
+def unlimited(text: str) -> str:
+    """Return rules without their limits on how often a guest may do something."""
+    return re.sub(r"rate over [^}]* burst \d+ \w+", "rate over 1000000/second burst 1000000 packets", text)
+
+
+def discovery(owner: bytes, source: bytes, target: bytes, message: bytes) -> bytes:
+    """Return a frame to a group with a message of neighbour discovery."""
+    data = seal(ICMP6, source, target, message)
+    packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + source + target + data
+    return MULTICAST6 + owner + b"\x86\xdd" + packet
 
 
 class Ring:
@@ -144,20 +167,22 @@ def attributes(data: bytes) -> dict[int, bytes]:
 class Bed(Host):
     """A guarded bridge with the senders, a victim, and sockets behind the guard."""
 
-    def __init__(self, folder: Path, rules: Path, br_netfilter: int):
+    def __init__(self, folder: Path, rules: Path, br_netfilter: int, listed: bool):
         super().__init__(folder, addresses=())
+        self.listed = listed
         for family in ("ip", "ip6", "arp") if Path("/proc/sys/net/bridge").exists() or br_netfilter else ():
             self.set(f"net/bridge/bridge-nf-call-{family}tables", str(br_netfilter))
-        self.guard, self.ports, self.raw, self.rings, self.ears, self.ticks = self.rules(rules), {}, {}, {}, {}, 0
-        for label, owner in {"victim": VICTIM, **SENDERS}.items():
+        self.ports, self.raw, self.rings, self.ears, self.ticks = {}, {}, {}, {}, 0
+        for label, owner in {"victim": VICTIM, **SENDERS, "router": ROUTER}.items():
             self.ports[owner] = f"port{len(self.ports)}"
             client = self.client(label, owner.hex(":"), port=self.ports[owner], wait=False)
             client.set("net/ipv6/conf/all/disable_ipv6", "1")  # its own kernel is silent
             with inside(client.name):
                 self.raw[owner], self.rings[owner] = packet_socket("eth0"), Ring("eth0")
                 self.ears = {"guest": packet_socket("eth0", 3)} if owner == VICTIM else self.ears  # ETH_P_ALL
+        self.guard = self.rules(rules)
         with inside(self.name):
-            self.ears["host"], self.port = packet_socket("br0", 3), log_socket()
+            self.ears["host"], self.port, self.raw[HOST] = packet_socket("br0", 3), log_socket(), packet_socket("br0")
             self.snooping = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
             self.snooping.bind((0, 0))
             self.snooping.setsockopt(270, 1, 26)  # SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, RTNLGRP_MDB
@@ -166,26 +191,41 @@ class Bed(Host):
         """Return the guard's rules, of a file that may include the chains of our registry."""
         registry = {owner.hex(":"): entry for owner, entry in REGISTRY.items()}
         Path(f"{self.base}.json").write_text(json.dumps(registry))
-        self.run(sys.executable, PROCESS, "--force", env=environment(self.base))
+        self.run(sys.executable, PROCESS, "--force", env=environment(self.base, INSTANCES_SLAAC=SLAAC))
         text = self.example(str(file.absolute())).read_text()
         text = re.sub('include "(.*)"', lambda found: Path(found[1]).read_text(), text)
-        return re.sub(r"rate over \S+ burst \S+ packets", "rate over 1000000/second burst 1000000 packets", text)
+        text = text.replace('define uplink = "none"', f'define uplink = "{self.ports[ROUTER]}"')
+        return unlimited(text)
 
-    def load(self, *without: int) -> str:
-        """Load the guard; take rules away and return them."""
+    def load(self, *without: str) -> str:
+        """Load the guard; take rules away, by number or by what is in them, and return them."""
         self.run("nft", "-f", "-", input=f"{self.guard}\n{LOGS}")
-        rules = [self.listing()[number - 1] for number in without]
+        if self.listed:
+            self.run("nft", "-f", "-", input="flush ruleset\n" + self.run("nft", "list", "ruleset").stdout)
+        rules = {f"{number}": rule for number, rule in enumerate(self.listing(), 1)}
+        rules = [r for n, r in rules.items() if any(word == n if word.isdigit() else word in r[1] for word in without)]
         for place, _, handle in rules:
             self.run("nft", "delete", "rule", *place, "handle", handle)
         return "; ".join(f"{' '.join(place)}: {rule}" for place, rule, _ in rules)
 
     def claim(self) -> None:
-        """Have everybody claim an address, by duplicate address detection."""
-        for owner, address in CLAIMED.items():
-            group = SOLICITED_NODE + address[13:]
-            data = seal(ICMP6, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)
-            packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + NOBODY + group + data
-            self.exchange(owner, "raw", [MULTICAST6 + owner + b"\x86\xdd" + packet])
+        """Have guests claim addresses, the host and the router show theirs, and the host acknowledge leases."""
+        for owner, addresses in CLAIMED.items():
+            for address in addresses:
+                group = SOLICITED_NODE + address[13:]
+                self.exchange(owner, "raw", [discovery(owner, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)])
+        for address in ELSEWHERE[HOST]:
+            message = bytes([ADVERT]) + bytes(7) + address
+            self.raw[HOST].send(discovery(HOST, eui64(HOST), ip("ff02::1"), message))
+        for address in ELSEWHERE[ROUTER]:
+            message = bytes([SOLICIT]) + bytes(7) + eui64(ROUTER)
+            self.raw[ROUTER].send(discovery(ROUTER, address, ip("ff02::1"), message))
+        for owner, address in LEASED.items():
+            message = b"\2\1\6" + bytes(13) + address + bytes(8) + owner + bytes(202) + b"\x63\x82\x53\x63\x35\1\5\xff"
+            data = seal(UDP, ip("10.83.0.1"), BROADCAST, udp((67, 68), message)[1])
+            head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(data), 0, 0, 64, UDP, 0) + ip("10.83.0.1") + BROADCAST
+            head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
+            self.raw[HOST].send(EVERYONE + HOST + b"\x08\0" + head + data)
 
     def listing(self) -> list[tuple[list[str], str, str]]:
         """Return the guard's rules: (family, table and chain; text; handle)."""
@@ -308,9 +348,12 @@ class Trial:
     def run(self, frames: int, seed: int, patient: bool = True) -> None:
         """Send so many frames of a seed; without patience, only until something is found."""
         generator = Generator(seed)
+        renewal = 0
         try:
-            self.bed.claim()
             while self.count["frames"] < frames and (patient or not self.first):
+                if time.monotonic() > renewal:
+                    self.bed.claim()
+                    renewal = time.monotonic() + 60
                 sender, way = generator.pick(*SENDERS), generator.pick("raw", "ring")
                 generator.start(SENDERS[sender])
                 batch = {}
@@ -333,7 +376,7 @@ def bed(options: argparse.Namespace):
     """Give a bed as the options have it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            yield Bed(Path(folder), options.rules, options.br_netfilter)
+            yield Bed(Path(folder), options.rules, options.br_netfilter, options.listed)
         finally:
             for namespace in reversed(OPEN.copy()):
                 Namespace.close(namespace)
@@ -345,7 +388,7 @@ def without_each_rule(options: argparse.Namespace) -> None:
     while number < count:
         number += 1
         with bed(options) as here:
-            rule, trial, count = here.load(number), Trial(here), len(here.listing()) + 1
+            rule, trial, count = here.load(f"{number}"), Trial(here), len(here.listing()) + 1
             with contextlib.redirect_stdout(open(os.devnull, "w")):
                 trial.run(options.frames, options.seed, patient=False)
         print(f"{number} | {trial.count['frames']} | {trial.first or 'MISSED'} | {rule}", flush=True)
@@ -358,7 +401,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--br-netfilter", type=int, choices=(0, 1), default=0)
     parser.add_argument("--rules", type=Path, default=EXAMPLES / "nftables" / "bridge.nft", metavar="FILE")
-    parser.add_argument("--without", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--listed", action="store_true")
+    parser.add_argument("--without", nargs="+", default=[], metavar="RULE")
     parser.add_argument("--without-each-rule", action="store_true")
     parser.add_argument("--again", nargs="+", metavar="WORD")
     options = parser.parse_args()

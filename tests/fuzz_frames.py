@@ -12,6 +12,7 @@ from fuzz_judge import (
     CLAIMED,
     DESTINATION,
     DHCP6_AGENTS,
+    ELSEWHERE,
     ESP,
     EVERYONE,
     FRAGMENT,
@@ -22,17 +23,22 @@ from fuzz_judge import (
     IGMP,
     IP,
     IP6,
+    LEASED,
     LINK_LOCAL,
     MLD2_REPORT,
     MLD_DONE,
     MLD_QUERY,
     MLD_REPORT,
+    MRD,
+    MRD6,
     ND_LENGTH,
     NEWCOMER,
     NO_NEXT,
     NOBODY,
     OWNED,
     PADDING,
+    PIM,
+    PREFIX,
     REDIRECT,
     ROUTED,
     ROUTER_ADVERT,
@@ -59,8 +65,8 @@ LIKE_PORTS = struct.pack("!8H", 67, 68, 546, 547, 68, 67, 547, 546)
 
 def seal(protocol: int, source: bytes, target: bytes, data: bytes) -> bytes:
     """Return the data of an upper layer with its checksum."""
-    at = {ICMP: 2, IGMP: 2, ICMP6: 2, TCP: 16, UDP: 6}.get(protocol, len(data))
-    pseudo = b"" if protocol in (ICMP, IGMP) else source + target + struct.pack("!II", len(data), protocol)
+    at = {ICMP: 2, IGMP: 2, PIM: 2, ICMP6: 2, TCP: 16, UDP: 6}.get(protocol, len(data))
+    pseudo = b"" if protocol in (ICMP, IGMP, PIM) else source + target + struct.pack("!II", len(data), protocol)
     value = checksum(pseudo + data[:at] + data[at + 2 :]) or 0xFFFF
     return data[:at] + struct.pack("!H", value) + data[at + 2 :] if at + 2 <= len(data) else data
 
@@ -75,11 +81,12 @@ class Generator:
 
     def __init__(self, seed: int):
         self.dice = random.Random(seed)
-        others = [address for addresses in OWNED.values() for address in addresses]
-        others += [eui64(HOST), eui64(NEWCOMER), *CLAIMED.values(), NOBODY, ZERO, BROADCAST]
+        others = [a for book in (OWNED, CLAIMED, ELSEWHERE) for addresses in book.values() for a in addresses]
+        others += [eui64(HOST), eui64(NEWCOMER), eui64(VICTIM, PREFIX), *LEASED.values(), NOBODY, ZERO, BROADCAST]
         others += map(ip, ("10.83.0.66", "10.99.0.7", "10.98.0.7"))
         others += map(ip, ("2001:67c:99::7", "2001:67c:98::7", "fe80:0:0:1::7", "ff02::1"))
-        others += [ip(f"fe80::f00d:{self.dice.randrange(1 << 16):x}") for _ in range(6)]
+        for prefix in ("fe80", "2001:67c:83"):
+            others += [ip(f"{prefix}::f00d:{self.dice.randrange(1 << 16):x}") for _ in range(4)]
         self.others = {size: [address for address in others if len(address) == size] for size in (4, 16)}
         self.honest = False  # then nothing unusual happens
 
@@ -88,9 +95,10 @@ class Generator:
         addresses = [prefix + bytes(size - len(prefix)) for prefix, size in ROUTED.get(sender, ())]
         addresses += [
             *OWNED.get(sender, ()),
-            eui64(sender),
-            CLAIMED[sender],
-            LINK_LOCAL + b"\0" + sender[5:] + self.dice.randbytes(6),
+            *CLAIMED[sender],
+            LEASED.get(sender, b""),
+            *(eui64(sender, prefix) for prefix in (LINK_LOCAL, PREFIX)),
+            *(prefix + b"\0" + sender[5:] + self.dice.randbytes(6) for prefix in (LINK_LOCAL, PREFIX)),
         ]
         self.sender, self.own = sender, {size: [a for a in addresses if len(a) == size] for size in (4, 16)}
 
@@ -129,10 +137,10 @@ class Generator:
     def dhcp(self) -> tuple[int, bytes]:
         """Return a message of a DHCP client or server."""
         server, relay = self.one_in(3), self.address(4) if self.one_in(7) else ZERO
-        message = struct.pack("!BBBBI16x", 2 if server else 1, 1, 6, 0, self.dice.getrandbits(32))
-        message += (
-            relay + self.hardware() + bytes(202) + b"\x63\x82\x53\x63\x35\1" + bytes([self.dice.randrange(1, 9), 255])
-        )
+        given = self.address(4) if server or self.one_in(7) else ZERO
+        message = struct.pack("!BBBBI8x", 2 if server else 1, 1, 6, 0, self.dice.getrandbits(32))
+        message += given + ZERO + relay + self.hardware() + bytes(202)
+        message += b"\x63\x82\x53\x63\x35\1" + bytes([self.dice.randrange(1, 9), 255])
         return udp(self.ports() if self.one_in(4) else (67, 68) if server else (68, 67), message)
 
     def dhcp6(self) -> tuple[int, bytes]:
@@ -158,6 +166,7 @@ class Generator:
     def listener(self) -> tuple[int, bytes]:
         """Return multicast listener discovery of IPv6."""
         kind = MLD_QUERY if self.one_in(2) else self.pick(MLD_REPORT, MLD_REPORT, MLD_DONE, MLD2_REPORT)
+        kind = self.pick(*MRD6) if self.one_in(6) else kind
         group = NOBODY if kind == MLD_QUERY and not self.one_in(4) else self.pick(ip("ff02::fb"), ip("ff02::1:ff00:12"))
         if kind == MLD2_REPORT:
             return ICMP6, bytes([kind]) + bytes(6) + b"\1\4" + bytes(3) + group
@@ -166,7 +175,9 @@ class Generator:
 
     def igmp(self) -> tuple[int, bytes]:
         """Return group management of IPv4."""
-        kind = 0x11 if self.one_in(2) else self.pick(0x12, 0x16, 0x17)
+        if self.one_in(6):
+            return PIM, bytes([0x20, 0, 0, 0])  # a hello (RFC 7761, section 4.9.2)
+        kind = self.pick(*MRD) if self.one_in(6) else 0x11 if self.one_in(2) else self.pick(0x12, 0x16, 0x17)
         group = ZERO if kind == 0x11 and not self.one_in(4) else self.pick(ip("224.0.0.251"), ip("239.1.2.3"))
         version = bytes(4) if kind == 0x11 and self.one_in(2) else b""
         return IGMP, bytes([kind, self.pick(0, 100), 0, 0]) + group + version
@@ -211,7 +222,9 @@ class Generator:
         if protocol == UDP and data[:4] == b"\0\x44\0\x43" and not self.one_in(3):
             source, target = self.pick((ZERO, BROADCAST), (source, ip("10.83.0.1")))
         if protocol == IGMP:
-            target = bytes((224, 0, 0, self.pick(1, 1, 2, 251)))
+            target = bytes((224, 0, 0, 106 if data[0] in MRD else self.pick(1, 1, 2, 251)))
+        elif protocol == PIM:
+            target = ip("224.0.0.13")
         options = b"\x94\4\0\0" if protocol == IGMP or self.one_in(20) else b""
         data, number = seal(protocol, source, target, data), self.dice.randrange(1 << 16)
         parts, packets = self.fragments(data, fake) if self.one_in(3) else [(0, False, data, b"")], []
@@ -242,8 +255,8 @@ class Generator:
         kind, source, target = data[0] if protocol == ICMP6 and data else 0, self.address(16), self.address(16, 1)
         if protocol == UDP and not self.one_in(2):
             target = DHCP6_AGENTS
-        elif kind == MLD_QUERY:
-            target = ip("ff02::1")
+        elif kind == MLD_QUERY or kind in MRD6:
+            target = ip("ff02::1" if kind == MLD_QUERY else "ff02::6a")
         elif kind == SOLICIT and self.one_in(3):
             return NOBODY, SOLICITED_NODE + data[21:24], data if self.one_in(10) else data[:24]
         elif kind in (ROUTER_SOLICIT, MLD_REPORT, MLD2_REPORT) and self.one_in(3):
@@ -254,7 +267,7 @@ class Generator:
         """Return an IPv6 packet with this data, or one in fragments, sometimes behind extension headers."""
         source, target, data = self.endpoints(protocol, data)
         kind = data[0] if protocol == ICMP6 and data else 0
-        group = kind in (MLD_QUERY, MLD_REPORT, MLD_DONE, MLD2_REPORT)
+        group = kind in (MLD_QUERY, MLD_REPORT, MLD_DONE, MLD2_REPORT, *MRD6)
         before = [(HOP_BY_HOP, b"\0" + ROUTER_ALERT)] if group and not self.one_in(6) else []
         before += self.extension_headers() if self.one_in(4) else []
         data = seal(protocol, source, target, data)
@@ -305,17 +318,18 @@ class Generator:
         """Return a packet as a frame, sometimes one that is tagged, cut off, longer, changed, or of another form."""
         start, form = target + self.sender, self.dice.randrange(100)
         packet = packet[:1480]
-        if form < 2:
-            start += bytes.fromhex(self.pick("81000000", "81000007", "88a80007", "88a8000781000000"))
-        elif form == 2:  # IEEE 802.3 with SNAP
+        if form < 3:
+            tags = "81000000", "8100a000", "81000007", "88a80007", "88a8000781000000", "8100000081000000"
+            start += bytes.fromhex(self.pick(*tags))
+        elif form == 3:  # IEEE 802.3 with SNAP
             start += struct.pack("!H", len(packet) + 8) + b"\xaa\xaa\3\0\0\0"
-        elif form == 3:
+        elif form == 4:
             return start + self.pick(b"\x80\x35", b"\x88\xcc", b"\x88\x47", b"\x91\0") + packet
-        elif form < 6:
+        elif form < 7:
             packet = packet[: self.dice.randrange(1, len(packet) + 1)]
-        elif form < 9:
+        elif form < 10:
             packet = packet[:1400] + self.dice.randbytes(self.pick(1, 8, 80))
-        elif form < 11:
+        elif form < 12:
             packet = self.changed(packet, 80)
         return start + struct.pack("!H", kind) + packet
 

@@ -18,9 +18,9 @@ def ip(text: str) -> bytes:
     return ip_address(text).packed
 
 
-def eui64(mac: bytes) -> bytes:
-    """Return the link-local address made from a MAC address (RFC 4291, appendix A)."""
-    return LINK_LOCAL + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+def eui64(mac: bytes, prefix: bytes = ip("fe80::")[:8]) -> bytes:
+    """Return the address made from a MAC address, a link-local one if nothing is said (RFC 4291, appendix A)."""
+    return prefix + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
 
 
 LINK_LOCAL = ip("fe80::")[:8]
@@ -45,17 +45,29 @@ REGISTRY[WEB]["allowed"] = ["10.83.0.50", "10.99.0.0/24", "2001:67c:83::50", "20
 OWNED[WEB] += [ip("10.83.0.50"), ip("2001:67c:83::50")]
 # The first octets of an address, and how many it has
 ROUTED = {WEB: [(ip("10.99.0.0")[:3], 4), (ip("2001:67c:99::")[:8], 16)]}
-# Link-local addresses that are not made from the MAC address: first come, first served
-CLAIMED = {owner: ip(f"fe80::c0de:{owner[5]:x}") for owner in (WEB, VICTIM, MAIL, NEWCOMER)}
+# Guests make addresses for themselves in this prefix
+SLAAC = "2001:67c:83::/64"
+PREFIX = ip("2001:67c:83::")[:8]
 SENDERS = {"web": WEB, "mail": MAIL, "newcomer": NEWCOMER}
+# Addresses that are not made from the MAC address: first come, first served
+CLAIMED = {
+    owner: [ip(f"{prefix}::c0de:{owner[5]:x}") for prefix in ("fe80", "2001:67c:83")]
+    for owner in (VICTIM, *SENDERS.values())
+}
+# What the host and a router behind the uplink use, and are not registered with
+ROUTER = bytes.fromhex("10666a4ca101")
+ELSEWHERE = {HOST: [ip("fe80::ad"), ip("2001:67c:83::ad")], ROUTER: [ip("fe80::1"), ip("2001:67c:83::ff")]}
+# What the host has just leased
+LEASED = {MAIL: ip("10.83.0.34"), NEWCOMER: ip("10.83.0.36")}
 
 
 # ---- The judge
 
 ARP, IP, IP6, TAGS = 0x0806, 0x0800, 0x86DD, (0x8100, 0x88A8)
-ICMP, IGMP, TCP, UDP, ESP, AH, ICMP6 = 1, 2, 6, 17, 50, 51, 58
+ICMP, IGMP, TCP, UDP, ESP, AH, ICMP6, PIM = 1, 2, 6, 17, 50, 51, 58, 103
 HOP_BY_HOP, ROUTING, FRAGMENT, NO_NEXT, DESTINATION = 0, 43, 44, 59, 60
 MLD_QUERY, MLD_REPORT, MLD_DONE, MLD2_REPORT = 130, 131, 132, 143
+MRD, MRD6 = (0x30, 0x31, 0x32), (151, 152, 153)  # multicast router discovery (RFC 4286)
 ROUTER_SOLICIT, ROUTER_ADVERT, SOLICIT, ADVERT, REDIRECT = 133, 134, 135, 136, 137
 ND_LENGTH = {ROUTER_SOLICIT: 8, ROUTER_ADVERT: 16, SOLICIT: 24, ADVERT: 24, REDIRECT: 40}
 NOBODY, ZERO, BROADCAST, EVERYONE = bytes(16), bytes(4), b"\xff" * 4, b"\xff" * 6
@@ -139,6 +151,12 @@ def untagged(frame: bytes) -> bytes:
     return frame
 
 
+def unprioritized(frame: bytes) -> bytes:
+    """Return a frame without a tag that has a priority, but no VLAN: receivers pass over it (IEEE 802.1Q, 6.9.1)."""
+    tagged = frame[12:14] == b"\x81\0" and not int.from_bytes(frame[14:16], "big") & 0xFFF and len(frame) >= 18
+    return frame[:12] + frame[16:] if tagged else frame
+
+
 class Reassembly:
     """Puts fragments together as Linux does (inet_frag_queue_insert): overlapping ones end the packet (RFC 5722)."""
 
@@ -179,26 +197,25 @@ class Judge:
     """Says what a sender may send; knows who came first with which link-local address."""
 
     def __init__(self):
-        self.claims = {address: owner for owner, address in CLAIMED.items()}
-        self.registered = {address for addresses in OWNED.values() for address in addresses}
+        self.claims = {address: owner for owner, addresses in CLAIMED.items() for address in addresses}
+        self.taken = {address for addresses in (*OWNED.values(), *ELSEWHERE.values()) for address in addresses}
 
     def standing(self, sender: bytes, address: bytes) -> str:
         """Tell what an address is to a sender: "own", "routed", "new" (for joining), "free", "none", "foreign"."""
-        if address in OWNED.get(sender, ()):
+        if address in OWNED.get(sender, ()) or address == LEASED.get(sender):
             return "own"
         if any(address.startswith(prefix) and len(address) == size for prefix, size in ROUTED.get(sender, ())):
             return "routed"
         if address == NOBODY:
             return "none"
-        if address[:8] != LINK_LOCAL or address in self.registered:
+        if address[:8] not in (LINK_LOCAL, PREFIX) or address in self.taken:
             return "foreign"
+        own = "own" if sender in REGISTRY or address[:8] == PREFIX else "new"
         if address[11:13] == b"\xff\xfe":
-            return "new" if address == eui64(sender) else "foreign"
+            return own if address == eui64(sender, address[:8]) else "foreign"
         owner = self.claims.get(address)
-        if owner == sender or (
-            not owner and address[8:10] == b"\0" + sender[5:]
-        ):  # only this sender is given such ones
-            return "new"
+        if owner == sender or (not owner and address[8:10] == b"\0" + sender[5:]):  # nobody else is given such ones
+            return own
         return "foreign" if owner else "free"
 
     def settle(self, frame: bytes) -> None:
@@ -216,6 +233,7 @@ class Judge:
 
     def forbidden(self, frame: bytes, at: str) -> str:
         """Return why a frame must not arrive at the "host" or at a "guest"."""
+        frame = unprioritized(frame)
         sender, kind, packet = frame[6:12], int.from_bytes(frame[12:14], "big"), read(frame)
         if kind == ARP:
             return self.forbidden_arp(sender, frame[14:])
@@ -246,7 +264,7 @@ class Judge:
         if target == DHCP_SERVER:
             if at == "guest":
                 return "DHCP request that another guest hears"
-            if len(data) >= 44 and (data[8:11] != b"\1\1\6" or data[32:36] != ZERO or data[36:42] != sender):
+            if len(data) >= 44 and (data[8:11] + data[24:28] + data[32:42] != b"\1\1\6" + ZERO + ZERO + sender):
                 return "DHCP request in another's name"
             if source == DHCP_CLIENT and (packet.target == BROADCAST or (to, packet.target) == (HOST, ip("10.83.0.1"))):
                 return ""  # from any address: a lease that is not registered is renewed by its server only
@@ -254,8 +272,10 @@ class Judge:
             return "IPv4 from an address that is not the sender's"
         if source == DHCP_SERVER or target == DHCP_CLIENT:
             return "DHCP server's message"
-        query = packet.protocol == IGMP and not packet.fragment and data[:1] == b"\x11" and len(data) >= 8
-        return "IGMP query" if query else ""
+        if packet.protocol == PIM:
+            return "multicast router's message"
+        kind = data[0] if packet.protocol == IGMP and not packet.fragment and len(data) >= 8 else None
+        return "IGMP query" if kind == 0x11 else "multicast router's message" if kind in MRD else ""
 
     def forbidden_ip6(self, sender: bytes, packet: Packet, at: str, _: bytes) -> str:
         """IPv6: who sends it, and what a whole packet says."""
@@ -268,6 +288,8 @@ class Judge:
         why = self.forbidden_icmp6(sender, packet, kind) if kind else self.forbidden_dhcp6(packet, at)
         if why or standing in ("own", "routed"):
             return why
+        if standing == "free" and (sender in REGISTRY or packet.source[:8] == PREFIX):
+            return ""
         if standing == "none":
             joins = kind in (ROUTER_SOLICIT, SOLICIT, MLD_REPORT, MLD2_REPORT)
         else:
@@ -280,6 +302,8 @@ class Judge:
         """Queries, and neighbour discovery that a receiver takes: hop limit 255, code 0, whole (RFC 4861, 7.1)."""
         if kind == MLD_QUERY and len(packet.data) >= 24:
             return "MLD query"
+        if kind in MRD6:
+            return "multicast router's message"
         if kind not in ND_LENGTH or packet.hop_limit != 255 or packet.data[1] or len(packet.data) < ND_LENGTH[kind]:
             return ""
         if kind in (ROUTER_ADVERT, REDIRECT):
@@ -315,6 +339,10 @@ class Judge:
             return False  # it is for others
         if self.forbidden(frame, at):
             return False
+        if frame != unprioritized(frame):  # of what is tagged, data only
+            frame = unprioritized(frame)
+            if not (packet := read(frame)) or packet.headers or packet.protocol not in (ICMP, TCP, UDP):
+                return False
         sender, packet = frame[6:12], read(frame)
         if frame[12:20] == b"\x08\6\0\1\x08\0\6\4":
             return len(frame) >= 42 and frame[20:22] in (b"\0\1", b"\0\2") and frame[22:28] == sender
@@ -348,7 +376,7 @@ class Judge:
             return sound and (standing != "none" or kind == MLD_REPORT)
         if not headers and at == "host" and packet.protocol == UDP and data[:4] == b"\x02\x22\x02\x23":
             return len(data) > 8
-        if standing not in ("own", "routed") or kind in (MLD_QUERY, MLD2_REPORT):
+        if standing not in ("own", "routed") or kind in (MLD_QUERY, MLD2_REPORT, *MRD6):
             return False
         if packet.protocol == AH:
             return not headers and data[:1] in (b"\x06", b"\x11", b"\x3a") and whole_header(packet)

@@ -75,6 +75,11 @@ def prepare():
     incus("image", "import", "/root/image.tar.gz", "--alias", "guest")
 
 
+def block(page, words):
+    """Return the commands of a page's block that has these words."""
+    return run("/root/instances/tests/block.sh", page, words)
+
+
 def registry():
     return json.loads((MISC / "instances.json").read_text())
 

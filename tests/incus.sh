@@ -1,7 +1,8 @@
 #!/bin/sh
 # usage: incus.sh [RELEASE]...
-# Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs Debian's Incus and
-# libvirt in it and, by the pages, this project and examples/incus and examples/libvirt, and runs incus.py and libvirt.py there.
+# Makes a root of each Debian release (trixie) in a temporary folder, boots it with systemd-nspawn, installs Debian's Incus,
+# libvirt and LXC in it and, by the pages, this project and examples/incus and examples/libvirt, and runs incus.py and
+# libvirt.py there; then, with two more machines on its network, hosts.py; and plain.py, by the page of examples/plain.
 # As root; it changes nothing outside of the folder. Exit status: 0 as expected, 1 not so, 77 none of that can be had here
 # (1 with CI=true).
 # shellcheck source=tests/root.sh disable=SC2016 # commands for another shell
@@ -22,19 +23,48 @@ chmod 755 "$root" # guests are not this root
 chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     apt-get update
     apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc busybox-static bind9-dnsutils procps \
-        python3 python3-filelock dnsmasq dnsmasq-utils nftables incus-base incus-client \
-        libvirt-daemon-system libvirt-clients qemu-system-x86 linux-image-cloud-amd64 cpio
+        python3 python3-filelock dnsmasq nftables incus-base incus-client \
+        libvirt-daemon-system libvirt-clients qemu-system-x86 linux-image-cloud-amd64 cpio \
+        openssh-server openssh-client lxc systemd-container iputils-ping
+    ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519
+    cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
     systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
 umount "$root/proc"
 rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
 add_bridge
+echo 'StrictHostKeyChecking accept-new' >>"$root/etc/ssh/ssh_config"
+printf '127.0.0.1 localhost\n192.0.2.1 a\n192.0.2.2 b\n192.0.2.3 c\n' >"$root/etc/hosts"
+sed -i '/^ *meta ibrname /d' "$root/root/instances/examples/plain/ports.nft"
 systemctl --quiet --root="$root" enable networking.service
+systemctl --quiet --root="$root" disable systemd-networkd.service lxc-net.service
 
 step "its boot"
 enter_group
 # Incus makes containers of its own in it, so it may do all that root may; of /proc/sys and /sys, it writes to the network only
 export SYSTEMD_NSPAWN_API_VFS_WRITABLE=network
-boot --capability=all --system-call-filter="@keyring bpf"
+unshare --net sleep 86400 &
+switch=$!
+until [ "$(readlink "/proc/$switch/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+on_switch() { nsenter --target "$switch" --net -- "$@"; }
+for bridge in lan management; do on_switch ip link add "$bridge" up type bridge; done
+# boot_host HOST NUMBER: a machine of the root, and its two interfaces: eth0 for guests, eth1 for management
+boot_host() {
+    mkdir "$folder/$1" "$folder/$1.upper" "$folder/$1.work" "$group/$1" # a group of its own: each systemd takes all in it
+    mount -t overlay overlay -o "lowerdir=$folder/root,upperdir=$folder/$1.upper,workdir=$folder/$1.work" "$folder/$1" ||
+        cannot "no overlay can be mounted"
+    echo "$1" >"$folder/$1/etc/hostname"
+    systemd-id128 new >"$folder/$1/etc/machine-id"
+    echo $$ >"$group/$1/cgroup.procs"
+    root=$folder/$1
+    boot --capability=all --system-call-filter="@keyring bpf"
+    echo $$ >"$group/cgroup.procs"
+    for port in lan:eth0 management:eth1; do
+        on_switch ip link add "$1-${port%:*}" type veth peer name "${port#*:}" netns "$leader"
+        on_switch ip link set "$1-${port%:*}" master "${port%:*}" up
+    done
+    run sh -euc "ip address add 192.0.2.$2/24 dev eth1; ip link set eth1 up"
+}
+boot_host a 1
 
 step "this project, by README.md and the page"
 {
@@ -43,9 +73,9 @@ step "this project, by README.md and the page"
 } >"$folder/installing"
 {
     echo "cd /root/instances/examples/incus"
-    block examples/incus/README.md 'incus launch' | grep -v -e '^apt-get' -e '^incus launch'
+    block examples/incus/README.md 'incus launch' | grep -v '^incus launch'
     echo "cd /root/instances/examples/libvirt"
-    block examples/libvirt/README.md 'apt-get install' | grep -v '^apt-get'
+    block examples/libvirt/README.md 'install -m 755'
 } >"$folder/pages"
 run sh -euc "cd /root/instances; $(cat "$folder/installing")" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "README.md"; }
 run cp /root/instances/examples/nftables/firewall.nft /etc/instances/
@@ -69,9 +99,33 @@ run timeout 30 sh -c 'until [ "$(journalctl -u egress-web | grep -c "is held")" 
 run sh -euc "$(block examples/egress/README.md 'nft delete table inet egress')"
 not run sh -c "$rules" >"$folder/log" 2>&1 || fail "rules are left in the container"
 
+step "three hosts"
+first=$leader
+sharing='ip link set eth0 master br0 up; rm /etc/instances/bridge.nft
+    sed -i "/^ *meta ibrname /d" /root/instances/examples/network/network.nft
+    cp /root/instances/examples/network/network.nft /etc/instances/; instances-apply'
+run sh -euc "$sharing" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the guard of a"; }
+number=1
+for host in b c; do
+    number=$((number + 1))
+    boot_host "$host" "$number"
+    run sh -euc "cd /root/instances; $(grep -v -e 'br0.conf' -e 'br0 host' -e 'restart dnsmasq' "$folder/installing")
+        systemctl disable --now dnsmasq; ip address flush dev br0 scope global
+        ip link set br0 address 10:66:6a:4c:a1:f$number
+        echo 'a writes it' >/var/lib/misc/instances.follows
+        cd /root/instances/examples/libvirt; $(block examples/libvirt/README.md 'install -m 755')
+        $sharing" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "$host"; }
+    for file in vmlinuz initrd; do cp "$folder/a/var/lib/libvirt/images/$file" "$folder/$host/var/lib/libvirt/images/"; done
+done
+leader=$first
+run python3 -B /root/instances/tests/hosts.py || fail "see above"
+
 step "undone by both pages"
 run sh -euc "$(block examples/libvirt/README.md 'disable --now'; block examples/incus/README.md 'incus profile delete')" \
     >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "the undo lines"; }
 left=$(run find /etc /usr/local -path '*hooks/qemu' -o -name 'instances-libvirt*' -o -name 'instances-incus*')
 [ -z "$left" ] || fail "files are left: $left"
+
+step "plain LXC, systemd-nspawn and QEMU"
+run python3 -B /root/instances/tests/plain.py || fail "see above"
 step "as expected"

@@ -1,8 +1,9 @@
 #!/bin/sh
 # usage: kernel.sh RELEASE...
 # Boots the kernel of each Debian release (bookworm, trixie) in qemu, with a root of that release made in a temporary folder,
-# and runs there, with br_netfilter at work: test_kernel.py; of test_bridge.py what a registered guest does to others, but
-# for the tests of one field each and of a rogue server, which take long; and the one of ten guests that join at once.
+# and runs there, with br_netfilter at work: test_kernel.py and test_plain.py; of test_bridge.py what a registered guest does
+# to others, but for the tests of one field each and of a rogue server, which take long; and the one of ten guests that join
+# at once.
 # It needs no KVM. As root; it changes nothing outside of the folder. DEBIAN_ROOTS: see root.sh.
 # Exit status: 0 as expected, 1 not so, 77 can't be tried (1 with CI=true).
 # shellcheck disable=SC2154 # variables of root.sh
@@ -36,7 +37,7 @@ chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninte
     apt-get update
     apt-get install -y --no-install-recommends linux-image-amd64 python3 python3-filelock python3-hypothesis python3-pytest \
         python3-pytest-timeout python3-pytest-xdist python3-scapy dnsmasq-base nftables iproute2 iputils-ping udhcpc \
-        isc-dhcp-client bind9-dnsutils procps strace
+        isc-dhcp-client bind9-dnsutils procps strace ifupdown
     apt-get clean" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
 umount "$root/proc"
 
@@ -50,7 +51,7 @@ cd /root/instances
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C CI=true TEST_PATIENCE=5
 python3 -B -m pytest --color=no -q -rs -n 2 --dist loadfile \
     -k "not unregistered] and not unregistered- and not -host- and not one_field and not rogue" \
-    tests/test_kernel.py tests/test_bridge.py \
+    tests/test_kernel.py tests/test_bridge.py tests/test_plain.py \
     "tests/test_joining.py::test_ten_guests_that_start_at_once_are_all_registered_and_reach_the_host[1]"
 echo "exit status $?"
 echo o >/proc/sysrq-trigger

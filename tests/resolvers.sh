@@ -195,9 +195,4 @@ nmcli dns-priority
 run nmcli connection modify br0 +ipv4.dns 192.0.2.53 # since it has no other connection
 run nmcli device reapply br0 >/dev/null
 all_ask "NetworkManager alone"
-grep -o '`server=[^`]*`' "$page" | tr -d '`' >"$root/etc/NetworkManager/dnsmasq.d/instances.conf"
-printf '%s\n' '[main]' dns=dnsmasq >"$root/etc/NetworkManager/conf.d/dns.conf"
-run sh -euc 'nmcli connection modify br0 ipv4.dns 192.0.2.53; systemctl restart NetworkManager dnsmasq' >"$folder/log" 2>&1 ||
-    failed "NetworkManager's dnsmasq"
-all_ask "NetworkManager's dnsmasq"
 step "as expected"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from conftest import need
@@ -48,30 +49,37 @@ def test_package_has_the_scripts_with_debians_python(built):
         assert rest == program.read_text().splitlines()[1:]
 
 
+UNITS = [
+    EXAMPLES / "systemd" / name
+    for name in ("instances.path", "instances@.path", "instances.service", "instances.timer")
+]
+
+
 def test_package_has_units_and_examples_with_its_own_paths(built):
-    examples = built / "root" / "usr" / "share" / "doc" / "instances" / "examples"
-    sources = [EXAMPLES / "systemd" / f"instances.{kind}" for kind in ("path", "service", "timer")]
-    sources += [EXAMPLES / "nftables" / "bridge.nft", EXAMPLES / "nftables" / "firewall.nft"]
-    sources += [EXAMPLES / "dnsmasq" / "br0.conf", FOLDER / "usr.sbin.dnsmasq"]
+    root = built / "root"
+    documents = root / "usr" / "share" / "doc" / "instances"
+    (units,) = (path.parent for path in root.rglob("system/instances.service"))
     named = set()
-    for source in sources:
-        (installed,) = (built / "root").rglob(source.name)
-        assert installed.is_relative_to(examples) != source.name.startswith("instances.")
-        text = installed.read_text()
-        assert text == source.read_text().replace("/usr/local/sbin/instances", "/usr/sbin/instances")
-        named |= set(re.findall("/usr/[a-z/]*sbin/instances[a-z.-]*", text))
+    for source in [*UNITS, EXAMPLES / "dnsmasq" / "br0.conf"]:
+        installed = units / source.name if source in UNITS else documents / source.relative_to(TOP)
+        assert installed.read_text() == source.read_text().replace("/usr/local/sbin/instances", "/usr/sbin/instances")
+        named |= set(re.findall("/usr/[a-z/]*sbin/instances[a-z.-]*", installed.read_text()))
     assert named == {"/usr/sbin/instances-update.py", "/usr/sbin/instances-apply"}
+    for folder in ("incus", "libvirt", "nftables", "egress"):
+        for source in (EXAMPLES / folder).iterdir():
+            installed = documents / source.relative_to(TOP)
+            assert source.name == "README.md" or installed.read_text() == source.read_text()
+            assert installed.stat().st_mode & 0o777 == source.stat().st_mode & 0o755
 
 
-def test_package_has_the_examples_for_incus_and_libvirt_as_they_are(built):
-    for source in [
-        EXAMPLES / "dnsmasq" / "instances-release",
-        *(EXAMPLES / "incus").iterdir(),
-        *(EXAMPLES / "libvirt").iterdir(),
-    ]:
-        installed = built / "root" / "usr/share/doc/instances/examples" / source.relative_to(EXAMPLES)
-        assert installed.read_text() == source.read_text()
-        assert installed.stat().st_mode & 0o777 == source.stat().st_mode & 0o755
+def test_pages_of_the_package_link_to_what_it_has(built):
+    documents = built / "root" / "usr" / "share" / "doc" / "instances"
+    for page in documents.rglob("README.md*"):
+        text = run("zcat", "-f", page).stdout
+        links = re.findall(r"\]\((?!https?:|#)([^)#]*)", text)
+        for link in links:
+            there = page.parent / link
+            assert there.exists() or Path(f"{there}.gz").exists(), f"{page}: {link}"
 
 
 def test_version_is_that_of_the_changelog_and_grows_with_each_build(built):
@@ -95,7 +103,7 @@ def test_settings_are_a_conffile_in_which_nothing_is_set(built):
     assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
     text = (built / "root" / "etc" / "default" / "instances").read_text()
     assert all(line.startswith("#") for line in text.splitlines() if line)
-    assert len(DEFAULTS) == 5
+    assert len(DEFAULTS) == 6
     shown = [(name, value or "none") for name, value in re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE)]
     assert shown == DEFAULTS
 

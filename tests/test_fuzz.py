@@ -1,4 +1,5 @@
-"""Frames that nobody normal sends: none gets past the guard, and of what honest guests send nothing is held up."""
+"""Frames that nobody normal sends, and events in any order: nothing gets past the guard that must not, and what honest
+guests send is not held up."""
 
 import random
 import sys
@@ -6,40 +7,63 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, run
+from lab import EXAMPLES, HAS_BR_NETFILTER, run
 
 pytestmark = pytest.mark.slow
-FUZZ = Path(__file__).with_name("fuzz.py")
-SEEDS = {"fixed": 1, "fresh": random.SystemRandom().randrange(1 << 32)}
-MISSING = {  # a rule of bridge.nft: what is found when it is not there
+HERE = Path(__file__).parent
+SEEDS = {"fixed": 4035630378, "fresh": random.SystemRandom().randrange(1 << 32)}
+MISSING = {  # a part of a rule's listing: what is found when such rules are not there
     "jump instances_drop_ip6": "violation: at the guest: IPv6 from an address that is not the sender's",
-    "jump queries": "violation: the bridge believes a multicast query",
-    "@ll,0,44 0x0180c200000": "violation: at the host, past the bridge: IPv4 from an address that is not the sender's",
-    "ether type ip6 ip6 hoplimit set": "violation: at the host: router's message",
-    "jump renewal": "false drop: at the host",
+    "jump instances_drop_query": "violation: the bridge believes a multicast query",
+    "0x180c2": "violation: at the host, past the bridge: IPv4 from an address that is not the sender's",
+    "ip6 hoplimit set": "violation: at the host: router's message",
+    "ip daddr . ether daddr @instances_ip accept": "false drop: at the host",
+}
+LEASED = "answer {server} ack b 10.83.0.22 all; data4 b 10.83.0.22"
+UNTAUGHT = {  # a line of bridge.nft: steps, and what is found in them when the line is not there
+    "goto instances_sent": (f"start none 1000 1000; {LEASED.format(server='h')}", "false drop"),
+    "iifname $server": (f"start u 1000 1000; {LEASED.format(server='r')}", "false drop"),
+    "jump instances_learn\n": ("start none 1000 1000; na r fe80::1 fe80::1; dad b fe80::1", "violation"),
 }
 
 
-def fuzz(*options):
-    """Run fuzz.py; return its exit status and output."""
+def fuzz(program, *options):
+    """Run a fuzzer; return its exit status and output."""
     need("nft", "ip")
-    result = run(sys.executable, "-B", FUZZ, *options, check=False)
+    result = run(sys.executable, "-B", HERE / program, *options, check=False)
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("br_netfilter", [0, 1])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_no_frame_gets_past_the_guard_and_no_honest_one_is_held_up(seed, br_netfilter):
-    if br_netfilter and not Path("/proc/sys/net/bridge").exists():
-        need("br_netfilter")  # part of a kernel, or a module of it
-    status, output = fuzz("--frames", 100_000, "--seed", SEEDS[seed], "--br-netfilter", br_netfilter)
+def found_nothing(program, *options):
+    status, output = fuzz(program, *options)
     assert status == 0 and "0 violations, 0 false drops" in output, output
 
 
+@pytest.mark.parametrize("options", [["--br-netfilter", 0], ["--br-netfilter", 1], ["--listed"]], ids=str)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_frame_gets_past_the_guard_and_no_honest_one_is_held_up(seed, options):
+    if 1 in options and not HAS_BR_NETFILTER:
+        need("br_netfilter")  # part of a kernel, or a module of it
+    found_nothing("fuzz.py", "--frames", 60_000, "--seed", SEEDS[seed], *options)
+
+
 @pytest.mark.parametrize("rule", MISSING)
-def test_missing_rule_is_found(rule, tmp_path):
+def test_missing_rule_is_found(rule):
+    status, output = fuzz("fuzz.py", "--frames", 10_000, "--seed", 1, "--without", rule)
+    assert status == 1 and MISSING[rule] in output, output
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whose_an_address_is_follows_the_model_through_any_sequence(seed):
+    found_nothing("sequences.py", "--seconds", 12, "--seed", SEEDS[seed])
+
+
+@pytest.mark.parametrize("line", UNTAUGHT)
+def test_missing_line_is_found_in_a_sequence(line, tmp_path):
     rules = tmp_path / "bridge.nft"
     lines = (EXAMPLES / "nftables" / "bridge.nft").read_text().splitlines(keepends=True)
-    rules.write_text("".join(line for line in lines if rule not in line))
-    status, output = fuzz("--frames", 10_000, "--seed", 1, "--rules", rules)
-    assert status == 1 and MISSING[rule] in output, output
+    rules.write_text("".join(other for other in lines if line not in other))
+    steps, what = UNTAUGHT[line]
+    status, output = fuzz("sequences.py", "--rules", rules, "--again", steps)
+    assert status == 1 and output.startswith(what), output
+    found_nothing("sequences.py", "--again", steps)

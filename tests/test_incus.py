@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import load, lock_held, need
+from conftest import lock_held
 from lab import EXAMPLES, HOST_MAC, TOP, environment, run, wait_for
+from test_release import serve
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ class Incus:
         for name, text in (("incus", INCUS), ("one", json.dumps(GONE)), ("events", ""), ("asked", "")):
             (self.folder / name).write_text(text)
         (self.folder / "incus").chmod(0o755)
-        (host.folder / "dnsmasq.br0.leases").write_text("")
+        serve(host)
         self.says(answer([instance("web", WEB)]))
         self.env = environment(host.base)
         self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
@@ -159,11 +159,11 @@ def test_incus_example_takes_nothing_from_the_host_or_from_others(incus):
 
 def test_incus_example_names_projects_and_further_interfaces(incus):
     two = instance("web", WEB, project="shop")
-    two["expanded_devices"]["eth1"] = {"type": "nic", "network": "br0", "hwaddr": OTHER.upper()}
+    two["expanded_devices"]["lan_1"] = {"type": "nic", "network": "br0", "hwaddr": OTHER.upper()}
     two["expanded_devices"]["eth2"] = {"type": "nic", "parent": "virbr0", "hwaddr": "10:66:6a:00:00:08"}
     incus.says(answer([two]))
-    assert f"{OTHER} web-shop-eth1: without security.mac_filtering" in incus.run("--once").stderr
-    assert incus.names() == {HOST_MAC: "host", NOBODYS: "Mail", WEB: "web-shop", OTHER: "web-shop-eth1"}
+    assert f"{OTHER} web-shop-lan-1: without security.mac_filtering" in incus.run("--once").stderr
+    assert incus.names() == {HOST_MAC: "host", NOBODYS: "Mail", WEB: "web-shop", OTHER: "web-shop-lan-1"}
 
 
 def test_incus_example_registers_fixed_addresses(incus):
@@ -218,18 +218,49 @@ def test_incus_example_leaves_the_registry_whole_on_a_full_disk(incus):
 
 
 def test_incus_example_keeps_an_instance_until_its_leases_are_ended(incus):
-    """Nothing answers here, as while dnsmasq is stopped; and then the program that asks is missing."""
-    leases = incus.host.folder / "dnsmasq.br0.leases"
-    leases.write_text(f"1795629618 {OLD} 10.83.0.12 ubuntu *\n")
+    """dnsmasq is stopped, and then the program that asks it is missing."""
+    incus.host.stop_dnsmasq()
     shutil.copy(TOP / "instances-update.py", incus.folder)
     for path, told in ((incus.env["PATH"], OLD), (f"{incus.folder}:/usr/bin:/bin", "instances-release")):
         incus.env["PATH"] = path
         result = incus.run("--once")
         assert result.returncode == 1 and told in result.stderr.splitlines()[-1]
         assert incus.names() == {HOST_MAC: "host", WEB: "web", OLD: "", NOBODYS: "Mail"}
-    leases.write_text("")
     incus.env["PATH"] = f"{EXAMPLES}/dnsmasq:{incus.env['PATH']}"
+    leases = serve(incus.host, f"{OLD} 10.83.0.112 ubuntu *")
+    assert incus.run("--once").returncode == 0 and OLD not in incus.names() and leases.read_text() == ""
+
+
+def test_incus_example_changes_nothing_on_a_host_that_follows_another(incus):
+    """Nor does it end a lease: who writes the registry does."""
+    incus.host.stop_dnsmasq()
+    leases = serve(incus.host, f"{OLD} 10.83.0.112 ubuntu *")
+    follows = incus.host.folder / "instances.follows"
+    follows.write_text("a writes it")
+    refused(incus, "is not to be changed on this host: a writes it")
+    assert OLD in leases.read_text()
+    follows.unlink()
     assert incus.run("--once").returncode == 0 and OLD not in incus.names()
+
+
+def test_incus_example_leaves_alone_what_is_on_a_member_of_the_cluster_that_is_not_reached(incus):
+    lost = {"name": "web", "project": "default", "status": "Error", "status_code": 400, "location": "c", "config": None}
+    incus.says(answer([lost, instance("new", OTHER)]), json.dumps({"error_code": 503, "error": "no", "metadata": None}))
+    result = incus.run("--once")
+    assert result.returncode == 0 and "default/web stays as it is: Incus does not reach c" in result.stderr
+    assert incus.names() == {**{m: i["name"] for m, i in BEFORE.items()}, OTHER: "new"}
+
+
+def test_incus_example_gives_a_fixed_address_of_two_guests_to_one_for_good(incus):
+    """The one that has it, though the list may name the other, its copy, first."""
+    fixed = {"ipv4.address": "10.83.0.50"}
+    incus.says(answer([instance("web", WEB, **fixed)]))
+    incus.run("--once")
+    incus.says(answer([instance("copy", OTHER, **fixed), instance("web", WEB, **fixed)]))
+    assert f"{OTHER}: 10.83.0.50 is not registered" in incus.run("--once").stderr
+    before = incus.registry.read_text()
+    assert incus.run("--once").stderr.count("\n") == 1 and incus.registry.read_text() == before
+    assert json.loads(before)[WEB]["ipv4"] == "10.83.0.50" and "ipv4" not in json.loads(before)[OTHER]
 
 
 @pytest.fixture
@@ -294,63 +325,3 @@ def test_incus_example_ends_when_the_monitor_does(incus, follower):
     process, log = follower
     os.kill(int(run("pgrep", "-P", process.pid).stdout), signal.SIGKILL)
     assert process.wait(10) == 1 and "incus monitor has ended" in log.read_text().splitlines()[-1]
-
-
-LEASES = f"""\
-1795629618 {WEB} 10.83.0.11 ubuntu *
-1795629618 {OLD} 10.83.0.12 ubuntu 01:10:66:6a:00:00:02
-duid 00:01:00:01:32:99:33:9a:10:66:6a:4c:a1:fe
-1795629619 11 2001:67c:83::12 ubuntu 00:04:aa
-1795629619 T11 fd83:5eed::12 ubuntu 00:04:aa
-1795629620 12 fd83:5eed::99 * 00:04:aa
-1795629620 13 fd83:5eed::11 * 00:04:aa
-1795629620 13 fd83:5eed::13 * 00:04:bb
-"""
-
-
-def test_leases_of_what_is_gone_are_found_and_no_others(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
-    shutil.copy(EXAMPLES / "dnsmasq" / "instances-release", tmp_path / "release.py")
-    registry = {OLD: {"name": "web", "ipv6_ula": "fd83:5eed::12"}, WEB: {"ipv6_ula": "fd83:5eed::11"}}
-    found, server = load(tmp_path / "release.py").leases_of({OLD}, registry, LEASES)
-    assert [lease[2] for lease in found] == ["10.83.0.12", "2001:67c:83::12", "fd83:5eed::12", "fd83:5eed::99"]
-    assert server.endswith("a1:fe") and {lease[0] for lease in found} == {OLD}
-
-
-def test_lease_file_that_is_cut_anywhere_is_read_without_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
-    shutil.copy(EXAMPLES / "dnsmasq" / "instances-release", tmp_path / "release.py")
-    module = load(tmp_path / "release.py")
-    for end in range(len(LEASES)):
-        found, _ = module.leases_of({OLD}, {OLD: {"ipv6_ula": "fd83:5eed::12"}}, LEASES[:end] + "\n\n")
-        assert {lease[0] for lease in found} <= {OLD}
-
-
-def test_lease_file_that_is_written_anew_is_not_one_without_leases(host):
-    """dnsmasq empties the file first; the reading after the first one comes when all is there again."""
-    need("strace", "dhcp_release")
-    host.update("--initialize", "br0", "host")
-    leases, log = host.folder / "dnsmasq.br0.leases", host.folder / "strace"
-    leases.write_text("")
-    traced = ["strace", "-qq", "-y", "-o", log, "-e", "inject=clock_nanosleep:delay_exit=2000000:when=1"]
-    command = [*traced, sys.executable, EXAMPLES / "dnsmasq" / "instances-release", OLD]
-    running = host.start(*command, env=environment(host.base), stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: log.exists() and f"read(3<{leases}>" in log.read_text(), "the first reading")
-    leases.write_text(f"1795629618 {OLD} 10.83.0.12 ubuntu *\n")
-    assert running.communicate(timeout=30)[0].split() == [] and running.returncode == 1
-
-
-def test_leases_are_ended_by_a_real_dnsmasq(host):
-    """With a guest that has leases of both versions, and another one that keeps its own."""
-    host.start_guarded()
-    web, db = host.client("web", OLD), host.client("db", OTHER)
-    for client in (web, db):
-        client.dhcp4("ubuntu")
-        client.dhcp6("ubuntu")
-    leases = host.folder / "dnsmasq.br0.leases"
-    lines = leases.read_text().splitlines()
-    kept = {line for line in lines if not set(line.split()) & {OLD, *host.registry()[OLD].values()} - {"ubuntu"}}
-    host.run("ip", "link", "delete", "veth0")
-    command = [sys.executable, EXAMPLES / "dnsmasq" / "instances-release", OLD]
-    assert host.run(*command, env=environment(host.base)).stdout.split() == [OLD]
-    assert set(leases.read_text().splitlines()) == kept and len(kept) == len(lines) - 3

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 from conftest import lock_held
-from lab import EXAMPLES, HOST_MAC, environment
+from lab import EXAMPLES, HOST_MAC, environment, mounted
+from test_release import serve
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +22,16 @@ INTERFACE = "<interface type='bridge'><mac address='{}'/><source bridge='{}'/>{}
 FILTERED = "<filterref filter='clean-traffic'/>"
 # A command virsh that says what stands in a file, and ends with the status of another
 VIRSH = '#!/bin/sh\ncat "${0%/*}/says"\nexit "$(cat "${0%/*}/status")"\n'
+# Another host runs the one domain, and has defined the other; a third host does not answer
+SEVERAL = f"""\
+#!/bin/sh
+case "$*" in
+*ssh://b/*dumpxml*) cat "${{0%/*}}/far" ;;
+*ssh://b/*--all*) printf '%s\\n' {UUID} {OTHER_UUID} ;;
+*ssh://b/*) echo {UUID} ;;
+*ssh://c/*) exit 1 ;;
+esac
+"""
 
 
 def domain(name, *interfaces):
@@ -41,21 +52,22 @@ class Libvirt:
         self.registry.write_text(json.dumps(BEFORE))
         (self.folder / "virsh").write_text(VIRSH)
         (self.folder / "virsh").chmod(0o755)
-        (host.folder / "dnsmasq.br0.leases").write_text("")
+        (host.folder / "default" / "libvirt" / "qemu").mkdir(parents=True)
+        serve(host)
         self.env = environment(host.base)
         self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
 
     def hook(self, *arguments, xml=""):
         """Run the hook, with no journal to write to; it ends well whatever happens. Return the registry's text."""
-        command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run && exec "$@"', "sh", sys.executable]
-        command += [EXAMPLES / "libvirt" / "qemu", *arguments]
+        command = mounted(dict.fromkeys(["/run", "/etc/default", "/var/log"], self.host.folder / "default"))
+        command += [sys.executable, EXAMPLES / "libvirt" / "qemu", *arguments]
         result = self.host.run(*command, env=self.env, input=xml, check=False)
         assert (result.returncode, result.stdout) == (0, ""), result.stderr
         return self.registry.read_text()
 
-    def start(self, *arguments):
+    def start(self, name, *interfaces):
         """Say that a domain starts; return the names in the registry."""
-        return names(self.hook("box", "start", "begin", "-", xml=domain(*arguments)))
+        return names(self.hook(name, "start", "begin", "-", xml=domain(name, *interfaces)))
 
     def compare(self, says="", status=0):
         (self.folder / "says").write_text(says)
@@ -85,10 +97,22 @@ def test_libvirt_example_names_all_interfaces_on_the_bridge_before_the_first_lea
     assert json.loads(libvirt.registry.read_text()) == registry and not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["host", "mail", "my_box", "b" * 64])
+@pytest.mark.parametrize("name", ["host", "mail", "7up", "b" * 64])
 def test_libvirt_example_takes_no_name_from_others_and_gives_none_that_is_not_one(libvirt, name):
     found = libvirt.start(name, INTERFACE.format(THIRD, "br0", ""))
     assert found == names(json.dumps(BEFORE)) | {THIRD: ""}
+
+
+def test_libvirt_example_has_its_settings_from_the_file_since_libvirt_passes_no_variables(libvirt):
+    settings = libvirt.host.folder / "default" / "instances"
+    settings.write_text(f"# which\nINSTANCES_BASE_PATH='{libvirt.host.base}' # a registry\n")
+    del libvirt.env["INSTANCES_BASE_PATH"]
+    assert libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))[FIRST] == "box"
+
+
+def test_libvirt_example_puts_a_hyphen_for_what_no_name_in_dns_has(libvirt):
+    for domain_name, name in (("my vm", "my-vm"), ("ubuntu22.04", "ubuntu22-04"), ("win2k22_dc (2)", "win2k22-dc--2")):
+        assert libvirt.start(domain_name, INTERFACE.format(THIRD, "br0", FILTERED))[THIRD] == name
 
 
 def test_libvirt_example_leaves_the_host_alone_when_a_domain_has_its_mac_address(libvirt):
@@ -139,9 +163,54 @@ def test_libvirt_example_removes_nothing_while_libvirt_does_not_answer(libvirt):
 
 
 def test_libvirt_example_keeps_a_domain_until_its_leases_are_ended(libvirt):
-    leases = libvirt.host.folder / "dnsmasq.br0.leases"
-    leases.write_text(f"1795629618 {SECOND} 10.83.0.12 ubuntu *\n")
+    libvirt.host.stop_dnsmasq()
     libvirt.compare()
     assert unchanged(libvirt)
-    leases.write_text("")
+    leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
+    assert SECOND not in libvirt.compare() and leases.read_text() == ""
+
+
+def test_libvirt_example_changes_nothing_on_a_host_that_follows_another(libvirt):
+    """Nor does it end a lease: who writes the registry compares it with the libvirts of all hosts."""
+    libvirt.host.stop_dnsmasq()
+    leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
+    follows = libvirt.host.folder / "instances.follows"
+    follows.write_text("a writes it")
+    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
+    libvirt.compare()
+    assert unchanged(libvirt) and SECOND in leases.read_text()
+    follows.unlink()
     assert SECOND not in libvirt.compare()
+
+
+MOVED = "starting up\nshutting down, reason=migrated\nterminating on signal 15\n"
+
+
+@pytest.mark.parametrize(
+    ("reason", "log", "stays"),
+    [
+        ("migrated", "", True),
+        ("-", MOVED, True),
+        ("shutdown", "", False),
+        ("-", f"{MOVED}starting up\nshutting down, reason=destroyed\n", False),
+    ],
+)
+def test_libvirt_example_keeps_a_domain_that_has_moved_to_another_host(libvirt, reason, log, stays):
+    """Here, libvirt does not know it any more, as after it was undefined."""
+    (libvirt.host.folder / "default" / "libvirt" / "qemu" / "box.log").write_text(log)
+    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
+    libvirt.hook("box", "release", "end", reason, xml=domain("box"))
+    assert (FIRST in libvirt.compare(f"{OTHER_UUID}\n")) == stays
+
+
+def test_libvirt_example_compares_with_the_libvirts_of_all_hosts(libvirt):
+    """Who runs on another gets its name, and only what none of them has is removed."""
+    xml = domain("far", INTERFACE.format(THIRD, "br0", FILTERED)).replace("</domain>", "\n</domain>")
+    (libvirt.folder / "far").write_text(xml.replace("<domain>", "<domain type='qemu'>"))
+    (libvirt.folder / "virsh").write_text(SEVERAL)
+    found = names(libvirt.hook("qemu:///system", "qemu+ssh://b/system"))
+    assert found == names(json.dumps(BEFORE)) | {THIRD: "far"}
+    (libvirt.folder / "virsh").write_text(SEVERAL.replace(UUID, "").replace(OTHER_UUID, ""))
+    before = libvirt.registry.read_text()
+    assert libvirt.hook("qemu:///system", "qemu+ssh://c/system") == before
+    assert names(libvirt.hook("qemu:///system", "qemu+ssh://b/system")).keys() == {HOST_MAC, FIRST, NOBODYS}

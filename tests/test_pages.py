@@ -352,15 +352,18 @@ def test_systemd_page_shows_a_rule_file_that_is_loaded(machine):
     assert "table inet mine\n" in machine.run("nft", "list", "tables").stdout
 
 
-def test_cron_page_installs_its_line_and_undoes_all(machine):
+def test_cron_page_gives_a_lease_its_name_and_guard_at_once_and_undoes_all(machine):
     machine.follow("examples/cron/README.md", "install -m 644 instances")
     assert "instances-apply" in (machine.etc / "cron.d" / "instances").read_text()
-    machine.shell("instances-apply")
-    assert "web.v4" in (machine.folder / "instances.nftables_sets").read_text()
-    machine.follow("examples/cron/README.md", "rm -r /etc/cron.d/instances")
-    assert not machine.run("nft", "list", "tables").stdout
-    left = [str(path) for place in ("etc", "run", "sbin") for path in (machine.folder / place).rglob("instances*")]
-    assert {Path(path).suffix for path in left} <= {".py", ".path", ".service", ".timer"}, left
+    machine.follow("examples/cron/README.md", "instances-lease <<")
+    web = machine.client("web", "10:66:6a:4c:a1:11")
+    web.dhcp4("web")
+    wait_for(lambda: web.resolve("web.instance.internal", "A") == web.addresses("10"), "its name", 2)
+    assert web.addresses("10")[0] in machine.run("nft", "list", "table", "bridge", "instances").stdout
+    machine.follow("examples/cron/README.md", "instances-apply --remove")
+    assert not machine.run("nft", "list", "tables").stdout and (machine.etc / "instances" / "bridge.nft").exists()
+    left = [path for place in ("etc", "run", "sbin") for path in (machine.folder / place).rglob("instances*")]
+    assert {path.suffix for path in left} <= {".py", ".path", ".service", ".timer", ""} and len(left) == 6, left
 
 
 def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force_until_it_is_undone(machine):
@@ -399,5 +402,6 @@ def test_bridge_page_brings_its_bridge_up(bridgeless):
     bridgeless.follow("examples/bridge/README.md", "ifup vmbr0")
     bridgeless.client("web", "10:66:6a:4c:a1:11", bridge="vmbr0").dhcp4("web")
     assert bridgeless.registry()["10:66:6a:4c:a1:11"]["ipv4"].startswith("10.83.1.")
-    bridgeless.shell("ifdown vmbr0")
-    assert "vmbr0" not in bridgeless.run("ip", "-br", "link").stdout
+    bridgeless.shell("ifdown vmbr0")  # the bridge stays, having a guest's port
+    bridgeless.run("ip", "link", "delete", "vmbr0")
+    assert not bridgeless.run("nft", "list", "tables").stdout

@@ -17,11 +17,15 @@ mkdir "$folder/instances"
 cd "$folder/instances"
 cp -R "$top/instances-update.py" "$top/instances-process.py" "$top/README.md" "$top/LICENSE" "$top/examples" .
 mv examples/debian/debian .
-cp examples/systemd/instances.path examples/systemd/instances.service examples/systemd/instances.timer debian/
+cp examples/systemd/instances.path examples/systemd/instances@.path debian/
+cp examples/systemd/instances.service examples/systemd/instances.timer debian/
 # Where a package's programs are, and its Python
 sed -i 's|/usr/local/sbin/instances|/usr/sbin/instances|' debian/instances.service examples/dnsmasq/br0.conf
 sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py instances-process.py \
     examples/systemd/instances-apply examples/systemd/instances-edit
+
+# Links to what the package does not have, in the pages that it has
+sed -i 's,\[\([^]]*\)\](\(\.\./\)*\(tests\|LICENSE\|examples/debian\|debian\)[^)]*),\1,g' README.md examples/README.md examples/*/README.md
 
 # A version that grows with each build
 sed -i "1s/(\(.*\))/(\1+$(date -u +%Y%m%d%H%M%S))/" debian/changelog
