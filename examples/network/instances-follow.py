@@ -45,7 +45,8 @@ class Registry:
 
     def mine(self, writes):
         """Return this host's registry: the very object that etcd and it have in common, if it is equal to that."""
-        version = files.version(self.path)
+        status = os.stat(self.path) if os.path.exists(self.path) else None
+        version = status and (status.st_ino, status.st_mtime_ns, status.st_size)
         if version != self.read[0] or not version:
             try:
                 registry = files.read_registry(self.path)
