@@ -104,6 +104,14 @@ def test_link_local_address_is_its_first_sender_s(claimed, attack, who):
         wait_for(lambda: attacker.send(bytes(frame)) or harm(), "an effect without the claim")
 
 
+def test_claims_outlive_a_load_of_the_rule_file_by_hand(claimed):
+    attacker, host = claimed.registered, claimed.host
+    host.run("nft", "-f", claimed.rules)
+    claimed.settle()
+    claimed.is_dropped("NDP target", attacker, advertised(attacker, CLAIMED))
+    assert host.neighbour(CLAIMED) == claimed.victim.mac
+
+
 def test_address_of_a_guest_that_leaves_the_registry_is_free_for_another(claimed):
     """As for one that is rebuilt with another MAC address, and makes the same link-local address."""
     newcomer, host = claimed.unregistered, claimed.host
