@@ -147,7 +147,7 @@ def wrong(dead=()):
             return f"all_{kind}.instance has {elements(f'all_{kind}.instance')}"
         if elements(f"web.{kind}.instance") != {e[field] for e in known.values() if field in e and e["name"] == "web"}:
             return f"web.{kind}.instance"
-    if "jump guard" not in run("nft", "list", "table", "bridge", "instances"):
+    if "goto instances_guard" not in run("nft", "list", "table", "bridge", "instances"):
         return "the guard is not on"
     if set(leases) - set(said) - {BYSTANDER}:
         return f"dnsmasq has leases of {set(leases) - set(said)}"
