@@ -277,15 +277,12 @@ chain instances_drop_stranger {
     goto instances_reason_not_registered
 }
 # A guest's own address is made from its MAC address, or was claimed by it: its use renews the claim. What is registered
-# to another, or used elsewhere or by another, is dropped. What has no owner is claimed, so many addresses an hour.
+# to another, or used elsewhere or by another, is dropped. What has no owner is claimed, so many addresses an hour. Who
+# was elsewhere, and has moved to a port of this bridge, claims what it had.
 chain instances_claim_target {
     @th,64,128 @instances_taken6 goto instances_reason_ndp_target
-    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
-    @th,152,16 0xfffe @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 @instances_same_eui64 return
-    @th,152,16 0xfffe goto instances_reason_ndp_target
-    @th,64,128 . ether saddr @instances_elsewhere update @instances_claims { @th,64,128 . ether saddr } \\
-        update @instances_claimed { @th,64,128 } return
-    @th,64,128 @instances_elsewhere_used goto instances_reason_ndp_target
+    @th,152,16 0xfffe goto instances_own_target
+    @th,64,128 @instances_elsewhere_used jump instances_moved_target
     @th,64,128 . ether saddr @instances_claims update @instances_claims { @th,64,128 . ether saddr } \\
         update @instances_claimed { @th,64,128 } return
     @th,64,128 @instances_claimed goto instances_reason_ndp_target
@@ -294,14 +291,20 @@ chain instances_claim_target {
     add @instances_claimed { @th,64,128 } add @instances_claims { @th,64,128 . ether saddr } return
     goto instances_reason_too_many_claims
 }
+chain instances_own_target {
+    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
+    @ll,48,24 . @ll,72,24 . @th,128,24 . @th,168,24 @instances_same_eui64 return
+    goto instances_reason_ndp_target
+}
+chain instances_moved_target {
+    @th,64,128 . ether saddr @instances_elsewhere update @instances_claims { @th,64,128 . ether saddr } \\
+        update @instances_claimed { @th,64,128 } return
+    goto instances_reason_ndp_target
+}
 chain instances_claim_source {
     @nh,64,128 @instances_taken6 goto instances_reason_ipv6_source
-    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
-    @nh,152,16 0xfffe @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 @instances_same_eui64 return
-    @nh,152,16 0xfffe goto instances_reason_ipv6_source
-    @nh,64,128 . ether saddr @instances_elsewhere update @instances_claims { @nh,64,128 . ether saddr } \\
-        update @instances_claimed { @nh,64,128 } return
-    @nh,64,128 @instances_elsewhere_used goto instances_reason_ipv6_source
+    @nh,152,16 0xfffe goto instances_own_source
+    @nh,64,128 @instances_elsewhere_used jump instances_moved_source
     @nh,64,128 . ether saddr @instances_claims update @instances_claims { @nh,64,128 . ether saddr } \\
         update @instances_claimed { @nh,64,128 } return
     @nh,64,128 @instances_claimed goto instances_reason_ipv6_source
@@ -309,6 +312,16 @@ chain instances_claim_source {
         goto instances_reason_too_many_claims
     add @instances_claimed { @nh,64,128 } add @instances_claims { @nh,64,128 . ether saddr } return
     goto instances_reason_too_many_claims
+}
+chain instances_own_source {
+    update @instances_same_eui64 { @ll,48,24 . @ll,72,24 . @ll,48,24 ^ 0x020000 . @ll,72,24 }
+    @ll,48,24 . @ll,72,24 . @nh,128,24 . @nh,168,24 @instances_same_eui64 return
+    goto instances_reason_ipv6_source
+}
+chain instances_moved_source {
+    @nh,64,128 . ether saddr @instances_elsewhere update @instances_claims { @nh,64,128 . ether saddr } \\
+        update @instances_claimed { @nh,64,128 } return
+    goto instances_reason_ipv6_source
 }
 # Use: udp dport { 67, 547 } jump instances_drop_dhcp
 chain instances_drop_dhcp {
@@ -322,8 +335,9 @@ chain instances_drop_dhcp {
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
     udp dport 67 @th,64,24 0x010106 @th,256,32 0 @th,192,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
         @instances_same_mac return
-    # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3)
-    udp dport 547 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
+    # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3), from a link-local address,
+    # which no two guests share: by it the server finds the client's MAC address.
+    udp dport 547 @nh,64,64 0xfe80000000000000 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
     goto instances_reason_dhcp_message
 }
 # Use: meta l4proto { 2, 51, 58, 103 } jump instances_drop_query

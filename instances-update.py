@@ -6,7 +6,6 @@ usage: instances-update.py add|old MAC IP [HOSTNAME]            what dnsmasq tel
        instances-update.py --rename INSTANCE NAME               name an instance
        instances-update.py --allow INSTANCE [IP|NETWORK ...]    what else it may send from, in place of what was allowed
        instances-update.py --remove INSTANCE                    remove an instance
-       instances-update.py --edit                               edit a copy of the registry, and put it in place
        instances-update.py --help | --version
 
 INSTANCE is a name or a MAC address. That of an IPv6 lease is DNSMASQ_MAC's. Other actions of dnsmasq's are ignored.
@@ -215,7 +214,7 @@ def is_in(address, networks):
         try:
             if ip_address(address) in ip_network(network):
                 return True
-        except (TypeError, ValueError):
+        except ValueError:
             pass
     return False
 
@@ -306,19 +305,6 @@ def remove(registry, mac):
     return message, [again] if any(map(registry.pop(mac).get, LEASED)) else []
 
 
-def put(registry, before, edited, copy):
-    """Put in place what was edited; return as register does. ValueError if somebody else has changed that, too."""
-    macs = [mac for mac in before | edited if before.get(mac) != edited.get(mac)]
-    for mac in macs:
-        if registry.get(mac) != before.get(mac):
-            raise ValueError(f"{mac} was changed meanwhile: your edit is not put in place, and stays in {copy}")
-        if mac in edited:
-            registry[mac] = edited[mac]
-        else:
-            del registry[mac]
-    return ", ".join(macs) + ": edited" if macs else "", []
-
-
 def registry_text(registry):
     """Return the registry as the file has it."""
     import json
@@ -376,32 +362,23 @@ def is_own(address):
     return any(":" in address or "/32 host LOCAL" in after.partition("|--")[0] for after in found)
 
 
-def version(path):
-    """Return what is another after each replacement or edit of a file, None where there is no file."""
-    status = os.stat(path) if os.path.exists(path) else None
-    return status and (status.st_ino, status.st_mtime_ns, status.st_size)
-
-
 def change_registry(change, follower=False):
     """Change the registry by change(registry) and make the marker; return what change returned.
 
     change() changes the registry in place, and returns what it changed (false: nothing, and nothing is written) and
-    warnings. It is called without the lock, so that who changes nothing waits for nobody, and again under the lock if
-    somebody was faster. ValueError on a host that follows another, but not for the follower itself, which replaces
-    also what is no registry.
+    warnings. It is called without the lock, so that who changes nothing waits for nobody, and once more under the lock.
+    ValueError on a host that follows another; not for the follower itself, which replaces also what is no registry.
     """
     base = base_path()
     path, follows = base + ".json", base + ".follows"
-    seen, registry = version(path), read_registry(path, follower)
-    result = change(registry)
-    if result[0]:  # there is something to change
+    result = change(read_registry(path, follower))
+    if result[0]:
         with locked(base):
             if os.path.exists(follows) and not follower:  # made by examples/network: another host's changes come here
                 with open(follows) as file:
                     raise ValueError(f"{path} is not to be changed on this host: {file.read().strip()}")
-            if version(path) != seen:
-                registry = read_registry(path, follower)
-                result = change(registry)
+            registry = read_registry(path, follower)
+            result = change(registry)
             if result[0]:
                 make_marker(base)  # before the change, so that none is ever without it
                 replace_file(path, registry_text(registry))
@@ -415,21 +392,6 @@ def report(change, *arguments):
         say(f"warning: {warning}")
     if message:
         say(message, 1)
-    return 0
-
-
-def edit():
-    """Have a copy of the registry edited, and put in place what was edited of it; return the exit status."""
-    path = base_path() + ".json"
-    before, copy = read_registry(path), f"{path}.{os.stat(path).st_mtime_ns}"
-    os.umask(0o177)  # the registry may be for root's eyes only
-    if not os.path.exists(copy):  # or else it is of an edit of the same registry that could not be put in place
-        replace_file(copy, registry_text(before))
-    if status := os.spawnlp(os.P_WAIT, "sh", "sh", "-c", '${EDITOR:-vi} "$0"', copy):
-        raise ValueError(f"the editor's exit status is {status}: nothing is changed, and {copy} stays")
-    os.stat(copy)  # a copy that is gone is no empty registry
-    report(put, before, read_registry(copy), copy)
-    os.unlink(copy)
     return 0
 
 
@@ -473,8 +435,6 @@ def main(arguments):
             return report(initialize, mac, {"name": name, **fields})
         case ["--rename", _, _] | ["--allow", _, *_] | ["--remove", _]:
             return report(change_instance, changes[arguments[0]], *arguments[1:])
-        case ["--edit"]:
-            return edit()
         case ["--help" | "-h" | "help", *_]:
             os.write(1, __doc__.partition("\n\n")[2].encode())
             return 0

@@ -17,6 +17,7 @@ UPDATE = TOP / "instances-update.py"
 PROCESS = TOP / "instances-process.py"
 EXAMPLES = TOP / "examples"
 APPLY = EXAMPLES / "systemd" / "instances-apply"
+EDIT = EXAMPLES / "systemd" / "instances-edit"
 DOMAIN = "instance.internal"
 HOST_MAC = "10:66:6a:4c:a1:fe"
 BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
@@ -90,7 +91,7 @@ def environment(base: Path, **variables: str) -> dict[str, str]:
 
 
 def run_script(script: Path, *arguments: str, base: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Run one of the two scripts as a user would; return its status and output."""
+    """Run a script as a user would; return its status and output."""
     command = [sys.executable, str(script), *arguments]
     return subprocess.run(command, env=environment(base, **variables), capture_output=True, text=True)
 

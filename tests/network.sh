@@ -162,6 +162,24 @@ grep -q 'a writes it' "$folder/log" || fail "b does not say who writes"
 on b ip netns exec g1 busybox ping -q -c 1 "$(on c ip netns exec g2 ip -4 -o address show eth0 | grep -o '10\.83[0-9.]*' | head -n 1)" >/dev/null ||
     fail "guests do not reach each other"
 
+step "a writer that can't tell which registry is newer"
+giving=$(block examples/network/README.md 'instances-follow.py --give')
+taking=$(block examples/network/README.md 'instances-follow.py --take')
+for word in "$giving" "$taking"; do
+    on a systemctl stop instances-follow
+    on a rm /var/lib/misc/instances.shared
+    on a instances-update.py add 10:66:6a:4c:b1:01 10.83.0.77
+    on a instances-update.py --rename 10:66:6a:4c:b1:01 "kept${word##*-}"
+    on a systemctl start instances-follow
+    until_true 20 "a says so" on a sh -c 'journalctl -q -u instances-follow -n 1 | grep -q "etcd has another registry"'
+    lines a "$word"
+    until_true 20 "a goes on" on a sh -c 'journalctl -q -u instances-follow -n 1 | grep -q "goes on"'
+    sorted="import json; print(sorted(json.load(open('/var/lib/misc/instances.json')).items()))"
+    registries_equal() { [ "$(each python3 -c "$sorted" | sort -u | wc -l)" -eq 1 ]; }
+    until_true 20 "one registry" registries_equal
+    on b grep -q keptgive /var/lib/misc/instances.json || fail "after $word"
+done
+
 step "any host can be the one"
 on a sh -euc 'rm -f /etc/dnsmasq.d/br0.conf; ip address flush dev br0 scope global; systemctl stop dnsmasq'
 for host in a b c; do lines "$host" "$(block examples/network/README.md 'cp gateway.ip')"; done
@@ -185,6 +203,59 @@ for how in "systemctl restart instances-lead" "systemctl kill --signal=KILL --ki
 done
 guest a 3
 known 10:66:6a:4c:b0:13
+
+keys=$(block examples/network/README.md 'endpoint health' | grep '^export')
+with_keys() { lines "$1" "$keys; $2"; }
+healthy() { for host in a b c; do on "$host" sh -euc "$healthy" || return 1; done; }
+# works NUMBER: a guest that is new on whichever host leads is known on all
+works() {
+    until_true 60 "etcd" healthy
+    until_true 60 "a leader" find_leader
+    find_leader
+    until_true 20 "a change on $leading" on "$leading" instances-update.py add "10:66:6a:4c:b2:0$1" "10.83.0.8$1"
+    known "10:66:6a:4c:b2:0$1"
+}
+
+step "etcd's database is full"
+on c sh -euc "$keys; echo ETCD_QUOTA_BACKEND_BYTES=16384 >>/etc/default/etcd; systemctl restart etcd
+    until etcdctl alarm list | grep NOSPACE; do etcdctl put other \"\$(seq 9999)\" || sleep 0.2; done
+    sed -i /QUOTA/d /etc/default/etcd; systemctl restart etcd"
+on b systemctl restart instances-lead
+with_keys a "$(block examples/network/README.md 'etcdctl compact')"
+for host in a b c; do with_keys "$host" "$(block examples/network/README.md 'etcdctl defrag')"; done
+with_keys a "$(block examples/network/README.md 'alarm disarm')"
+works 1
+
+step "one host's etcd is lost"
+on c sh -euc 'systemctl kill --signal=KILL etcd; rm -rf /var/lib/etcd/default'
+removed() { on b sh -euc "$keys; $(block examples/network/README.md 'member remove')"; }
+until_true 60 "c's etcd is a new member" removed
+lines c "$(block examples/network/README.md 'STATE=existing')"
+works 2
+
+step "a snapshot is restored"
+with_keys a 'etcdctl snapshot save /root/etcd.snapshot'
+for host in b c; do cp "$folder/a/root/etcd.snapshot" "$folder/$host/root/"; done
+works 3
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'default/member')"; done
+for host in a b c; do with_keys "$host" "$(block examples/network/README.md 'snapshot restore')"; done
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'systemctl start --no-block')"; done
+works 4
+known 10:66:6a:4c:b2:03
+
+step "etcd is made anew"
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'default/member')"; done
+for host in a b c; do lines "$host" "$(block examples/network/README.md 'systemctl start --no-block')"; done
+works 5
+known 10:66:6a:4c:b2:04
+
+step "certificates are renewed"
+lines a "cd /root/etcd; $(block examples/network/README.md 'openssl req' | sed -n '/^for host/,/^done/p')"
+for host in a b c; do
+    cp "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
+    lines "$host" "$(block examples/network/README.md '/root/etcd/a.key' | sed "s/a\.\([ck]\)/$host.\1/")"
+done
+works 6
 
 step "undone: nothing is left"
 for host in a b c; do lines "$host" "$(block examples/network/README.md 'rm -rf /etc/etcd')"; done

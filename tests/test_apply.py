@@ -588,11 +588,7 @@ def test_new_script_is_in_force_though_a_set_of_it_has_another_type(applied):
 
 
 def test_guard_of_the_former_release_is_replaced(applied):
-    former = """table bridge instances_asked {
-        set asked { typeof ether saddr . udp dport; size 65536; flags dynamic,timeout; timeout 1m; }
-        chain input { type filter hook input priority 10; policy accept; }
-    }
-    table bridge instances {
+    former = """table bridge instances {
         set instances_ip { type ipv4_addr; }
         chain prerouting { type filter hook prerouting priority 0; policy accept; }
     }"""
@@ -628,6 +624,13 @@ def test_guard_that_only_observes_is_a_setting(applied):
         applied.apply()
         chain = applied.host.run("nft", "list", "chain", "bridge", "instances", "instances_verdict").stdout
         assert re.search(rf"^\s*{verdict}$", chain, re.MULTILINE)
+
+
+def test_guard_of_a_bridge_that_is_not_there_is_told(applied):
+    bridge = applied.rules / "bridge.nft"
+    assert "bridge.nft: loaded\n" in applied.apply().stderr
+    bridge.write_text(bridge.read_text().replace('guarded = "br0"', 'guarded = { "br0", "br7" }'))
+    assert "bridge.nft: loaded; there is no bridge br7 yet\n" in applied.apply().stderr
 
 
 def test_all_is_in_force_after_a_boot(applied):
@@ -943,6 +946,7 @@ def test_run_with_a_fault_at_any_system_call_is_mended_by_the_next(applied):
         if re.search(rf"/run/|{applied.host.folder}/ins|write\(\d+<pipe|fork|clone", line) and "settings" not in line:
             places.append((call, counts[call]))
     assert len(places) > 15
+    places = [place for turn, place in enumerate(places) if place[0] not in ("openat", "write") or turn % 2]
     for turn, (call, number) in enumerate(places):
         # A kill before a call that changes nothing is one before the next.
         fault = "signal=KILL" if call not in ("openat", "write") else ("error=ENOSPC", "error=EACCES")[turn % 2]
@@ -960,16 +964,15 @@ def test_run_with_a_fault_at_any_system_call_is_mended_by_the_next(applied):
 def test_damaged_notes_are_as_none(applied):
     applied.host.update("add", *WEB)
     applied.apply()
-    first = state(applied)
     files = [path for path in applied.notes.rglob("*") if path.name in ("notes", "copy")]
     assert len(files) == 2
-    for path in files:
+    for number, path in enumerate(2 * files):
         whole = path.read_bytes()
         flipped = bytes([*whole[:-9], whole[-9] ^ 1, *whole[-8:]])
-        for damaged in (b"", whole[: len(whole) // 2], flipped, b"\xff\xfe", b"null", b"0\n", b"1\n[]", None):
+        for damaged in (whole[: len(whole) // 2], flipped) if number < 2 else (b"1\n[]", None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
-            applied.host.update("add", WEB[0], "10.83.0.12")
+            address = {"10.83.0.11": "10.83.0.12"}.get(applied.host.registry()[WEB[0]]["ipv4"], "10.83.0.11")
+            applied.host.update("add", WEB[0], address)
             applied.apply()
-            applied.host.update("add", *WEB)
-            applied.apply()
-            assert state(applied) == first and applied.apply().stderr == ""
+            assert set(re.findall(r"10\.83\.0\.1\d", applied.ruleset() + applied.names())) == {address}
+    assert applied.apply().stderr == ""

@@ -526,6 +526,37 @@ def test_guard_that_observes_lets_pass_what_it_counts_by_sender_and_reason(bridg
         host.write_settings()
 
 
+def test_guest_that_sends_to_addresses_of_nobody_does_not_fill_the_host_s_table_of_neighbours(bridge):
+    attacker, host = bridge.registered, bridge.host
+    source, nobody = (
+        bridge.registry[attacker.mac]["ipv6_gua"],
+        [f"2001:67c:83::f00:{number:x}" for number in range(300)],
+    )
+    frames = [datagram(attacker, source, address) for address in [*nobody, bridge.addresses6[0]]]
+    for frame in frames:
+        frame.dst = host.mac
+
+    def asked():
+        """Return for how many the host asks, after all has come, the last for the victim."""
+        host.run("ip", "neighbour", "flush", "dev", "br0")
+        with hearing(bridge.victim) as heard:
+            attacker.send(*[bytes(frame / "all") for frame in frames])
+            wait_for(lambda: "all" in heard(), "the last one")
+        return host.run("ip", "-6", "neighbour", "show", "dev", "br0").stdout.count("2001:67c:83::f00:")
+
+    bridge.reset()
+    assert asked() == 300
+    host.write_settings(INSTANCES_ADDRESS_SETS="host,web")
+    Path(f"{host.base}.updated").touch()
+    bridge.settle()
+    host.run("nft", "-f", host.example("nftables/firewall.nft"))
+    try:
+        assert asked() == 0
+    finally:
+        host.run("nft", "delete", "table", "inet", "instances")
+        host.write_settings()
+
+
 def test_senders_of_what_was_dropped_are_still_named_when_the_registry_has_changed(bridge):
     attacker, host = bridge.unregistered, bridge.host
     bridge.reset()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import APPLY, EXAMPLES, PROCESS, TOP, UPDATE, block, run
+from lab import APPLY, EDIT, EXAMPLES, PROCESS, TOP, UPDATE, block, environment, run
 
 FOLDER = EXAMPLES / "debian"
 DEBIAN = FOLDER / "debian"
-PROGRAMS = (UPDATE, PROCESS, APPLY)
+PROGRAMS = (UPDATE, PROCESS, APPLY, EDIT)
 pytestmark = pytest.mark.slow
 VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")
 DEFAULTS = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
@@ -103,7 +103,7 @@ def test_settings_are_a_conffile_in_which_nothing_is_set(built):
     assert (built / "control" / "conffiles").read_text() == "/etc/default/instances\n"
     text = (built / "root" / "etc" / "default" / "instances").read_text()
     assert all(line.startswith("#") for line in text.splitlines() if line)
-    assert len(DEFAULTS) == 5
+    assert len(DEFAULTS) == 6
     shown = [(name, value or "none") for name, value in re.findall("^#(INSTANCES.*)=(.*)", text, re.MULTILINE)]
     assert shown == DEFAULTS
 
@@ -125,7 +125,7 @@ def test_manual_page_says_what_the_program_does(built, program):
     sections = dict(re.findall("^([A-Z ]+)\n(.*?)(?=^[A-Z])", text, re.MULTILINE | re.DOTALL))
     source = program.read_text()
     variables = set(VARIABLE.findall(source))
-    usage = run(program, "--help").stdout
+    usage = run(program, "--help", env=environment(TOP)).stdout
     statuses = set(re.findall(r"(?:Exit status: |, )(\d+) ", usage))
     lines = re.findall(rf"^(?:usage: | {{7}}){program.name}(.*?)(?:  .*)?$", usage, re.MULTILINE)
     synopsis = [line.split(program.name)[1] for line in sections["SYNOPSIS"].splitlines() if line.strip()]

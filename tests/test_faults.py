@@ -170,8 +170,8 @@ def test_all_is_done_under_the_lock_and_a_file_is_on_disk_before_its_rename_and_
     sync_folder = rf"fsync\(\d+<{folder}>"
     files = ["instances.json"] if start == "before" else OUTPUTS
     read, mark = (rf'openat\(.*"{folder}/instances\.{end}"' for end in ("json", "updated"))
-    lock = r"flock\(.*LOCK_EX"  # what was read before it, and is still the same, is not read again
-    order = [read, lock, mark, sync_folder] if start == "before" else [lock, mark, sync_folder, read]
+    lock = r"flock\(.*LOCK_EX"
+    order = [lock, read, mark, sync_folder] if start == "before" else [lock, mark, sync_folder, read]
     for name in files:
         file = rf"{folder}/{re.escape(name)}\.tmp"
         order += [

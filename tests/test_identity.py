@@ -53,6 +53,13 @@ def relayed(bridge, attacker):
     )
 
 
+def request_from_a_shared_address(bridge, attacker):
+    """Return a DHCPv6 request from an address by which the host's neighbour cache may have another's MAC address."""
+    frame = dhcp6(bridge, attacker, scapy.DHCP6_Request, duid=own_duid(attacker), addresses=[])
+    frame[scapy.IPv6].src = bridge.addresses6[0]
+    return frame
+
+
 NONCE = b"\x0e\1nonce!"
 DROPPED = {  # for what they say
     "chaddr of the victim": lambda b, a: take(a, "10.83.0.150", chaddr=b.victim.mac),
@@ -64,6 +71,7 @@ DROPPED = {  # for what they say
     "Decline": lambda b, a: bootp(
         a, "decline", ("server_id", HOST4), ("requested_addr", b.own["ipv4"]), chaddr=b.victim.mac
     ),
+    "Request from a shared address": request_from_a_shared_address,
     "Release, IPv6": lambda b, a: dhcp6(b, a, scapy.DHCP6_Release),
     "Decline, IPv6": lambda b, a: dhcp6(b, a, scapy.DHCP6_Decline),
     "Relay-forward": lambda b, a: relayed(b, a),

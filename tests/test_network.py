@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import network_chaos
 import pytest
 from conftest import PROGRAMS, need
 from lab import EXAMPLES, PROCESS, UPDATE, Host, Namespace, block, environment, has_ibrname, run, wait_for
@@ -168,7 +169,7 @@ class Site:
     def __init__(self, folder):
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
-        for script in (UPDATE, PROCESS, FOLDER / "instances-follow.py", FOLDER / "instances-lead.py"):
+        for script in (UPDATE, PROCESS, *FOLDER.glob("instances-*.py")):
             shutil.copy(script, self.bin)
         self.hosts = []
         self.switch = Namespace("switch")
@@ -266,8 +267,9 @@ def followers(site):
 
 def equal(site):
     """Tell whether all hosts have the same registry, and nothing left to do."""
-    texts = {Path(f"{host.base}.json").read_bytes() for host in site.hosts if Path(f"{host.base}.json").exists()}
-    return len(texts) == 1 and not any(Path(f"{host.base}.updated").exists() for host in site.hosts)
+    registries = [host.registry() for host in site.hosts]
+    marked = [host for host in site.hosts if Path(f"{host.base}.updated").exists()]
+    return registries[0] and registries.count(registries[0]) == len(registries) and not marked
 
 
 def in_force(host, mac, address):
@@ -503,23 +505,25 @@ def told(host):
     return [line for line in host.said("follow.log").splitlines() if not line.endswith(": goes on")]
 
 
-@pytest.mark.parametrize("value", ["", "{", "[]", "{}", '{"a": 1}', "[" * 100000], ids="123456")
-def test_registry_that_is_none_is_not_taken_and_all_goes_on(followers, value, request):
+@pytest.mark.parametrize("value", ["", "{", "[]", "{}", '{"changes": {"a": 1}}', "[" * 100000], ids="123456")
+def test_history_that_is_none_is_not_taken_and_the_writer_replaces_it(followers, value, request):
     a, b, c = followers.hosts
     before, lines_before = c.registry(), told(c)
-    c.etcdctl("put", "/instances/registry", value)
+    a.program.send_signal(signal.SIGSTOP)
+    c.etcdctl("put", "/instances/history", value)
     lines = wait_for(lambda: told(c)[len(lines_before) :], "a line")
     assert len(lines) == 1 and "not taken" in lines[0]
     assert c.registry() == before == b.registry() and followers.guests[2].pings(before[followers.guests[1].mac]["ipv4"])
+    a.program.send_signal(signal.SIGCONT)
     number = request.node.callspec.id
-    a.update("add", f"10:66:6a:4c:c3:0{number}", f"10.85.1.{number}")  # the next change mends it
+    a.update("add", f"10:66:6a:4c:c3:0{number}", f"10.85.1.{number}")
     wait_for(lambda: equal(followers) and f"10:66:6a:4c:c3:0{number}" in c.registry(), "the next change")
 
 
 def test_registry_too_large_for_etcd_is_told_in_one_line_and_all_goes_on(followers):
     a, b, c = followers.hosts
     before, lines_before = a.registry(), told(a)
-    large = before | {f"02:00:00:01:{n >> 8:02x}:{n & 255:02x}": {"name": "", "note": "x" * 200} for n in range(7000)}
+    large = before | {f"02:00:00:01:{n >> 8:02x}:{n & 255:02x}": {"name": "", "note": "x" * 2400} for n in range(7000)}
     write(a, large)
     lines = wait_for(lambda: told(a)[len(lines_before) :], "a line")
     assert len(lines) == 1 and "too large" in lines[0]
@@ -643,6 +647,49 @@ def test_new_writer_begins_with_the_registry_of_the_others(followers):
         host.stop(host.program)
         host.start_follow("a")
     wait_for(lambda: not Path(f"{a.base}.follows").exists() and Path(f"{b.base}.follows").exists(), "the former writer")
+
+
+def add_one(followers, mac, address):
+    """Have a guest entered on the writer's host, and wait until all have it."""
+    followers.hosts[0].update("add", mac, address)
+    wait_for(lambda: equal(followers) and mac in followers.hosts[1].registry(), f"{mac} on all")
+
+
+def test_writer_from_a_backup_takes_what_it_lacks_and_keeps_what_it_entered_since(followers):
+    a, _, c = followers.hosts
+    saved = [Path(f"{a.base}{end}").read_bytes() for end in (".json", ".shared")]
+    add_one(followers, "10:66:6a:4c:c6:01", "10.85.6.1")
+    a.stop(a.program)
+    for end, old in zip((".json", ".shared"), saved):
+        Path(f"{a.base}{end}").write_bytes(old)
+    a.update("add", "10:66:6a:4c:c6:02", "10.85.6.2")
+    a.start_follow("a")
+    wait_for(lambda: equal(followers) and "10:66:6a:4c:c6:02" in c.registry(), "its own")
+    assert "10:66:6a:4c:c6:01" in c.registry()
+
+
+@pytest.mark.parametrize("word", ["--take", "--give"])
+def test_writer_that_can_not_tell_which_is_newer_changes_nothing_and_asks(followers, word):
+    a, b, c = followers.hosts
+    add_one(followers, f"10:66:6a:4c:c7:0{len(word)}", "10.85.7.1")
+    before, lines_before = c.registry(), told(a)
+    a.stop(a.program)
+    Path(f"{a.base}.shared").unlink()
+    a.update("--remove", followers.guests[2].mac)
+    a.start_follow("a")
+    lines = wait_for(lambda: told(a)[len(lines_before) :], "a line")
+    assert len(lines) == 1 and "--take goes on with etcd's, --give with this host's" in lines[0]
+    own = a.registry()
+    assert followers.guests[2].mac not in own and c.registry() == before
+    command = (sys.executable, followers.bin / "instances-follow.py", word)
+    env = environment(a.base, INSTANCES_TLS=f"{a.folder}/tls")
+    env["PATH"] = f"{followers.bin}:{env['PATH']}"
+    a.run(*command, env=env)
+    wait_for(lambda: equal(followers) and c.registry() == {"--take": before, "--give": own}[word], "one registry")
+    refused = b.run(*command, env=env | environment(b.base, INSTANCES_TLS=f"{b.folder}/tls"), check=False)
+    assert refused.returncode == 1 and refused.stderr.endswith("does not write: a writes it\n")
+    write(a, before)
+    wait_for(lambda: equal(followers) and c.registry() == before, "all as before")
 
 
 @pytest.mark.parametrize("count", [10, 1000, 5000])
@@ -837,6 +884,19 @@ def test_change_where_no_host_leads_or_another_is_refused_with_its_name(leaders)
     )
 
 
+# ---- What happens to etcd once a year ----
+@pytest.fixture(scope="module")
+def chaos(leaders):
+    """The same, with guests that ping the gateway."""
+    return network_chaos.Chaos(leaders, [Pinger(guest, "10.83.0.1") for guest in leaders.guests])
+
+
+@pytest.mark.parametrize("case", [name for name, (*_, quick) in network_chaos.CASES.items() if quick])
+def test_all_hosts_have_what_was_acknowledged_after(chaos, case):
+    took, times = network_chaos.play(chaos, case)
+    report(f"{case}: one registry in force after {took:.1f} s; a host began to lead {times} times")
+
+
 # ---- One program by itself ----
 REFUSER = """
 import http.server, json, ssl, sys
@@ -863,7 +923,7 @@ def lone(host):
     for end in ("crt", "key"):
         shutil.copy(host.folder / "tls" / f"a.{end}", host.folder / "tls" / f"host.{end}")
     (host.folder / "bin").mkdir()
-    for script in (UPDATE, FOLDER / "instances-follow.py", FOLDER / "instances-lead.py"):
+    for script in (UPDATE, *FOLDER.glob("instances-*.py")):
         shutil.copy(script, host.folder / "bin")
     return host
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import lock_held, locked_out, need
 from hypothesis import given
 from hypothesis import strategies as st
-from lab import EXAMPLES, HOST_MAC, UPDATE, environment, run_script, wait_for
+from lab import EDIT, EXAMPLES, HOST_MAC, UPDATE, environment, run_script, wait_for
 
 MAC, OTHER = "10:66:6a:4c:a1:11", "10:66:6a:4c:a1:12"
 
@@ -376,7 +376,7 @@ def test_relative_path_without_a_folder_is_in_the_working_folder(base):
         ("--initialize", "br0"),
         ("-x",),
         ("--",),
-        ("--edit", "x"),
+        ("--edit",),
     ],
 )
 def test_wrong_usage_is_one_line_that_shows_it_and_exits_2(base, arguments):
@@ -971,7 +971,7 @@ def edit(base, commands):
     """Edit the registry by shell commands that get its copy as $1."""
     editor = base.parent / "editor"
     editor.write_text(f"set -e\nf() {{ {UPDATE} --rename {OTHER} $1; }}\n{commands}\n")
-    return run(base, "--edit", EDITOR=f"sh {editor}")
+    return run_script(EDIT, base=base, EDITOR=f"sh {editor}")
 
 
 def copies(base):
@@ -981,7 +981,7 @@ def copies(base):
 def test_edit_puts_what_was_edited_in_place(base):
     write(base, {MAC: {"name": "web", "ipv4": "10.0.0.1"}, OTHER: {"name": "db"}})
     result = edit(base, 'sed -i s/web/mail/ "$1"')
-    assert (result.returncode, result.stdout) == (0, f"instances-update.py: {MAC}: edited\n")
+    assert (result.returncode, result.stdout) == (0, f"instances-edit: {MAC}: edited\n")
     assert read(base) == {MAC: {"name": "mail", "ipv4": "10.0.0.1"}, OTHER: {"name": "db"}}
     assert base.with_suffix(".updated").exists() and not copies(base)
     base.with_suffix(".updated").unlink()
@@ -997,6 +997,15 @@ def test_edit_that_is_no_registry_stays_in_a_copy_with_which_the_next_goes_on(ba
         assert result.stderr.count("\n") == 1 and str(copies(base)[0]) in result.stderr
     assert edit(base, """grep mail "$1"; echo '{"x": {"name": "mail"}}' >"$1" """).returncode == 0
     assert read(base) == {"x": {"name": "mail"}} and not copies(base)
+
+
+def test_interrupt_in_the_editor_is_the_editors_only(base):
+    write(base, {MAC: {"name": "web"}})
+    editor = base.parent / "editor"
+    editor.write_text("trap : INT; kill -INT 0; sed -i s/web/mail/ $1")  # 0: all that a terminal would interrupt
+    variables = environment(base, EDITOR=f"sh {editor}")
+    subprocess.run([sys.executable, EDIT], env=variables, start_new_session=True, capture_output=True)
+    assert read(base) == {MAC: {"name": "mail"}} and not copies(base)
 
 
 def test_edit_whose_copy_is_gone_removes_nobody(base):

@@ -1,105 +1,61 @@
 #!/usr/bin/env python3
 """Keep the registry of instances the same on all hosts of one network, by way of etcd. Runs until it is ended.
 
-The host that INSTANCES_WRITER names sends its registry to etcd after each change. All others follow: they replace their
-own with what etcd has, whole and checked, as instances-update.py would, and make the marker, so that it is processed.
-BASE.follows says that a host follows, and whom: there, instances-update.py refuses to change anything.
+The host that INSTANCES_WRITER names gives etcd each change of its registry. All others follow: they take it from there,
+checked, as instances-update.py would, and make the marker. BASE.follows says that a host follows, and whom: there,
+instances-update.py refuses to change anything. BASE.shared is what this host and etcd had in common last, with its
+history: so it is known who has the newer registry, what etcd has lost, and gets again, and what this host alone has.
 """
 
-import base64
-import http.client
-import importlib
 import json
 import os
-import select
-import shutil
-import ssl
 import sys
 import time
+from runpy import run_path
+from types import SimpleNamespace
 
 USAGE = """\
-usage: instances-follow.py      with its settings in the environment, the same on each host:
+usage: instances-follow.py            with its settings in the environment, the same on each host:
+       instances-follow.py --take     once, where it says so: have this host's registry replaced by etcd's
+       instances-follow.py --give     once, where it says so: have etcd's registry replaced by this host's
 
 INSTANCES_WRITER, the host that writes the registry; INSTANCES_HOST, this one (its host name); INSTANCES_ETCD, etcd's
 address (127.0.0.1:2379); INSTANCES_TLS, the folder of ca.crt, host.crt and host.key (/etc/etcd)."""
 
 LOOK = 0.1  # how often the writer looks whether its file was changed, in seconds
-CHECK = 10  # how often a follower asks, in seconds, although etcd has reported no change
-PATIENCE = 1  # seconds that each part of etcd's answer may take, and to wait after a failure
+CHECK = 10  # how often etcd is asked, in seconds, although it has reported no change
+PAUSE = 1  # seconds to wait after a failure
 
-# The durable way to read and replace the registry stands in instances-update.py.
-sys.dont_write_bytecode = True
-script = shutil.which("instances-update.py") or sys.exit("no instances-update.py on the PATH")
-sys.path.append(os.path.dirname(script))
-files = importlib.import_module("instances-update")
-files.__file__ = sys.argv[0]  # what it says is said by this program
-say = files.say
-
-
-def encoded(text):
-    """Return a text as etcd's JSON has keys and values."""
-    return base64.b64encode(text.encode()).decode()
-
-
-def checked(value):
-    """Return the text of a registry from etcd as the file has it. ValueError if it is no registry, or an empty one."""
-    try:
-        registry = json.loads(base64.b64decode(value))
-        if isinstance(registry, dict) and registry and all(isinstance(i, dict) for i in registry.values()):
-            return files.registry_text(registry)
-        raise ValueError("no JSON object of objects")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the registry in etcd is not taken: {error}") from None
-
-
-class Etcd:
-    """The JSON gateway of an etcd. OSError where it does not answer, or by an error."""
-
-    def __init__(self):
-        self.address = os.environ.get("INSTANCES_ETCD") or "127.0.0.1:2379"
-        folder = os.environ.get("INSTANCES_TLS") or "/etc/etcd"
-        try:
-            self.tls = ssl.create_default_context(cafile=f"{folder}/ca.crt")
-            self.tls.load_cert_chain(f"{folder}/host.crt", f"{folder}/host.key")
-        except OSError as error:
-            raise OSError(f"ca.crt, host.crt, host.key in {folder}: {error.strerror or error}") from None
-
-    def ask(self, path, stream=False, **body):
-        """Return the answer to a request; the connection that answers come by, if there is to be a stream of them."""
-        try:
-            connection = http.client.HTTPSConnection(self.address, timeout=PATIENCE, context=self.tls)
-            connection.request("POST", f"/v3/{path}", json.dumps(body))
-            response = connection.getresponse()
-            if stream and response.status == 200:
-                return connection
-            answer = json.loads(response.read())
-            if response.status != 200:
-                raise OSError(answer.get("message", answer))
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise OSError(f"etcd at {self.address}: {error or type(error).__name__}") from None
-        connection.close()
-        return answer
-
-    def get(self, key, **options):
-        """Return a key's entry, None if there is none."""
-        return next(iter(self.ask("kv/range", key=encoded(key), **options).get("kvs", [])), None)
+etcd = SimpleNamespace(**run_path(os.path.dirname(os.path.realpath(__file__)) + "/instances-etcd.py"))
+files, say = etcd.files, etcd.files.say
 
 
 class Registry:
-    """The registry of this host, and the one in etcd."""
+    """The registry of this host, and what etcd has of it."""
 
     def __init__(self):
-        self.etcd, self.base = Etcd(), files.base_path()
-        self.path, self.followed = f"{self.base}.json", f"{self.base}.follows"
-        self.folder = f"/{os.path.basename(self.base)}/"  # of the keys in etcd
-        self.key = self.folder + "registry"
-        self.same = None  # the revision in etcd and the state of the file when they were the same last
-        self.watch = None  # the connection by which etcd tells of changes
+        self.base = files.base_path()
+        self.path, self.followed, self.note = (self.base + end for end in (".json", ".follows", ".shared"))
+        self.store = etcd.Store(os.path.basename(self.base))
+        self.name = os.environ.get("INSTANCES_HOST") or os.uname().nodename
+        self.writer = None  # by what name changes of this host are counted
+        self.history, self.shared, self.revision = None, {}, 0  # what etcd and this host had in common last
+        self.read = None, {}  # the version of this host's file, and the registry in it
+        self.current = False  # whether the writer has seen what etcd told of
 
-    def state(self):
-        """Return what changes with each change of the file, None where there is none."""
+    def mine(self, writes):
+        """Return this host's registry: the very object that etcd and it have in common, if it is equal to that."""
         status = os.stat(self.path) if os.path.exists(self.path) else None
-        return status and (status.st_ino, status.st_mtime_ns, status.st_size)
+        version = status and (status.st_ino, status.st_mtime_ns, status.st_size)
+        if version != self.read[0] or not version:
+            try:
+                registry = files.read_registry(self.path)
+            except ValueError:  # who follows replaces it
+                if writes:
+                    raise
+                version, registry = None, {}
+            self.read = version, self.shared if registry == self.shared else registry
+        return self.read[1]
 
     def refuse(self, reason):
         """Have instances-update.py refuse changes from now on, with a reason that names the host to make them on."""
@@ -110,58 +66,124 @@ class Registry:
     def accept(self):
         """Have instances-update.py make changes from now on, to what the majority has."""
         if os.path.exists(self.followed):
+            self.store.look(serializable=False)
             try:
-                self.take(serializable=False)
+                self.sync()
             except ValueError as error:  # our own is the last that was good
                 say(error)
-                self.same = None
             with files.locked(self.base):
                 os.unlink(self.followed)
                 files.sync_folder(self.base)
 
-    def take(self, serializable=True):
-        """Make the file what etcd has: the one that is asked, or else the majority."""
-        entry = self.etcd.get(self.key, serializable=serializable, keys_only=True)
-        if not entry or self.same == (entry["mod_revision"], self.state()):
-            return
-        entry = self.etcd.get(self.key, serializable=serializable)
-        text = checked(entry.get("value", ""))
-        with files.locked(self.base):
-            if not self.state() or open(self.path, errors="replace").read() != text:
-                files.make_marker(self.base)
-                files.replace_file(self.path, text)
-        self.same = entry["mod_revision"], self.state()
+    def agree(self, history, registry, revision):
+        """Note what etcd and this host have in common, on disk."""
+        files.replace_file(self.note, json.dumps({"history": history, "registry": registry}) + "\n")
+        self.history, self.shared, self.revision = history, registry, revision
+        self.read = None, {}
 
-    def follow(self, reason, seconds):
-        """Take what etcd has, then wait until it reports a change, or for so many seconds."""
-        self.refuse(reason)
-        keys = {"key": encoded(self.folder), "range_end": encoded(self.folder[:-1] + "0")}  # 0 comes after the slash
-        watch = self.watch or self.etcd.ask("watch", stream=True, create_request=keys)  # first: so nothing is missed
-        self.watch = None
-        self.take()
-        while select.select([watch.sock], [], [], seconds)[0]:
-            if not watch.sock.recv(1 << 16):  # what was changed is asked for
-                raise OSError("etcd ended the watch")
-            seconds = 0
-        self.watch = watch  # for the next time, if nothing failed
+    def take(self, history, registry, revision, writes):
+        """Have etcd's registry here. What this host alone has is entered again by who writes, or handed to who does."""
+        mine, late, apart = self.mine(writes), {}, self.history and not etcd.knows(history, self.history)
+        if writes and mine and not self.history and mine != registry:
+            how = "instances-follow.py --take goes on with etcd's, --give with this host's"
+            raise ValueError(f"etcd has another registry, and there is no {self.note} to tell which is newer: {how}")
 
-    def send(self, *conditions):
-        """Give etcd the file, if it was changed; return whether the conditions of the transaction held."""
-        now = self.state()
-        if not now or self.same and self.same[1] == now:
+        def change(mine):
+            new = dict(registry)
+            if self.history:
+                late.clear()
+                late.update(etcd.own_changes(mine, self.shared, registry, apart))
+            if writes:
+                etcd.merge(new, late)
+            changed = new != mine
+            mine.clear()
+            mine.update(new)
+            return changed, []
+
+        change(dict(mine))
+        if late and not writes:
+            value = etcd.encoded(json.dumps(late))
+            self.store.ask("kv/put", **self.store.key(f"late/{self.name}"), value=value)
+        files.change_registry(change, follower=True)
+        if late:
+            say(f"etcd did not have what this host had of {etcd.listed(late)}")
+        self.agree(history, registry, revision)
+        self.writer = None  # no change is counted twice by one name, wherever histories may part
+
+    def give(self, registry, history, known, *conditions, **options):
+        """Make etcd's registry this one; return whether nobody was faster."""
+        revision = self.store.give(registry, history, known, *conditions, **options)
+        if revision:
+            self.agree(history, registry, revision)
+        return bool(revision)
+
+    def sync(self, *conditions, writes=False):
+        """Make this host's registry and etcd's the same; return False if a transaction's conditions did not hold.
+
+        Of what they had in common, the newer one counts. What was changed here since is given to etcd by who writes.
+        """
+        if not self.history:  # an earlier run, --take or --give has noted it
+            noted = files.read_registry(self.note)
+            self.history, self.shared = noted.get("history"), noted.get("registry", {})
+        try:
+            history = etcd.checked(self.store.seen.get("history"))
+            if history and not (self.history and etcd.knows(self.history, history)):
+                self.take(*self.store.registry(self.revision, self.shared), writes)
+                history = self.history
+        except etcd.Invalid as error:
+            if not writes:
+                raise
+            say(error)
+            history = None  # it is replaced
+        if history != self.history:  # restored from a backup, or gone: whoever has it gives it back
+            if not self.give(self.shared, self.history, self.store.fetch()[1], *conditions):
+                return False
+            say("etcd had lost changes: it has them again")
+        mine = self.mine(writes)
+        if self.history and mine is not self.shared and not (writes and mine):
+            self.take(self.history, self.shared, self.revision, writes)
+        return not writes or self.write_changes(*conditions)
+
+    def write_changes(self, *conditions):
+        """Give etcd what was changed here, and what others have handed over; return as sync does."""
+        late = [name for name in self.store.seen if name.startswith("late/")]
+        for name in late:
+            changes = self.store.late(name)
+            entered, _ = files.change_registry(lambda mine, late=changes: (etcd.merge(mine, late), []), follower=True)
+            if entered:
+                say(f"entered what {name[5:]} alone had of {etcd.listed(entered)}")
+        mine = self.mine(True)
+        if not mine or mine is self.shared and not late:
             return True
-        text = files.registry_text(files.read_registry(self.path))
-        put = {"request_put": {"key": encoded(self.key), "value": encoded(text)}}
-        answer = self.etcd.ask("kv/txn", compare=conditions, success=[put])
-        if answer.get("succeeded"):
-            self.same = answer["header"]["revision"], now
-        return answer.get("succeeded", False)
+        known = self.shared if self.history else self.store.fetch()[1]
+        self.writer = self.writer or f"{self.name}-{os.urandom(4).hex()}"
+        return self.give(mine, etcd.longer(self.history, self.writer, mine), known, *conditions, without=late)
 
-    def write(self):
-        """Give etcd what was changed, then wait a moment."""
+    def follow(self, reason, watch, seconds):
+        """Take what was seen of etcd, then wait until it tells of a change, or for so many seconds."""
+        self.refuse(reason)
+        self.sync()
+        self.store.wait(watch, seconds)
+
+    def step(self, writer):
+        """Follow a writer for a moment, or write: give etcd what was changed."""
+        watch = self.store.listen()  # first: so nothing is missed
+        if writer != self.name:
+            self.store.look(serializable=True)
+            return self.follow(f"{writer} writes it", watch, CHECK)
+        current, self.current = self.current, False
+        if not current:
+            self.store.look(serializable=False)
         self.accept()
-        self.send()
-        time.sleep(LOOK)
+        self.current = self.sync(writes=True) and not self.store.wait(watch, LOOK)
+
+    def decide(self, take):
+        """Have this host's registry replaced by etcd's, or else by whoever writes here etcd's by this host's."""
+        if os.path.exists(self.followed):
+            raise ValueError(f"this host does not write: {open(self.followed).read()}")
+        self.store.look(serializable=False)
+        agreed = self.store.registry(0, {})
+        return self.take(*agreed, False) if take else self.agree(*agreed)
 
 
 def repeat(step):
@@ -173,24 +195,24 @@ def repeat(step):
             message = ""
         except (OSError, ValueError, RuntimeError) as error:
             message = str(error)
-            time.sleep(PATIENCE)
+            time.sleep(PAUSE)
         if message != told:
             say(message or "goes on")
         told = message
 
 
 def main(arguments):
-    """Send or follow; return the exit status of wrong usage."""
+    """Write or follow, or do what an administrator has decided; return the exit status."""
     writer = os.environ.get("INSTANCES_WRITER")
+    if arguments in (["--take"], ["--give"]):
+        return Registry().decide(arguments == ["--take"])
     if arguments or not writer:
         print(USAGE, file=sys.stderr)
         return 2
     registry = Registry()
-    if writer != (os.environ.get("INSTANCES_HOST") or os.uname().nodename):
-        return repeat(lambda: registry.follow(f"{writer} writes it", CHECK))
-    if not registry.state():  # it is new or was lost: nobody is registered before etcd was asked
+    if writer == registry.name and not os.path.exists(registry.path):  # new, or lost: etcd is asked before dnsmasq
         registry.refuse("etcd is asked for it first")
-    return repeat(registry.write)
+    return repeat(lambda: registry.step(writer))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,583 @@
+"""What may happen to etcd and to the hosts of examples/network, as a table of what is promised and what came of it.
+
+usage: python3 tests/network_chaos.py [WORD...]   as root: the cases with one of these words in their names
+       python3 tests/network_chaos.py --soak INSTANCES SECONDS   a change each second: lag, etcd's size, memory
+
+Three hosts in namespaces with an etcd each, as in test_network.py, which runs the quick cases, too. In each case guests
+ping the gateway, and changes are made before, and where somebody can, meanwhile. When it is healed, all hosts must soon
+have one registry, in force, with all that the majority acknowledged; and there were never two gateways.
+"""
+
+import contextlib
+import itertools
+import json
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lab import UPDATE, environment, wait_for
+
+PROMISE = (
+    5  # seconds after healing in which all hosts have the same in force; a leader may need as long again to be elected
+)
+ELECTION = 9
+SAVED = (".json", ".shared", ".leases", ".dhcp-hosts")  # what a backup of a host has of it
+
+
+class Chaos:
+    """The hosts, and what the majority has acknowledged."""
+
+    def __init__(self, site, pingers):
+        self.site, self.pingers, self.acknowledged, self.numbers = site, pingers, {}, itertools.count(1)
+        self.healed = None
+
+    @property
+    def leader(self):
+        """Return the host that leads."""
+        return wait_for(self.site.leader, "a leader", 60)
+
+    def change(self, host=None, acknowledged=True):
+        """Enter an instance, as by hand, on the host that leads; return its MAC address when the majority has it."""
+        number = next(self.numbers)
+        mac, address = f"10:66:6a:4d:{number >> 8:02x}:{number & 255:02x}", f"10.86.{number >> 8}.{number & 255}"
+
+        def entered():
+            on = host or self.leader
+            command = (sys.executable, UPDATE, "add", mac, address)
+            return on.run(*command, env=environment(on.base), check=False).returncode == 0 and on
+
+        host = wait_for(entered, "the change", 60)
+        if acknowledged:
+            wait_for(lambda: self.stored(mac, host), "the majority's word", 60)
+            self.acknowledged[mac] = address
+        return mac
+
+    def stored(self, mac, host):
+        """Tell whether the majority has an instance."""
+        return mac in host.etcdctl("get", f"/instances/mac/{mac}", check=False)
+
+    def settled(self):
+        """Tell whether all hosts have one registry in force, with all that was acknowledged."""
+        try:
+            registries = [host.registry() for host in self.site.hosts]
+        except ValueError:  # one that is damaged
+            return False
+        if not registries[0] or registries.count(registries[0]) != len(registries):
+            return False
+        if not self.acknowledged.items() <= {mac: i.get("ipv4") for mac, i in registries[0].items()}.items():
+            return False
+        last = list(self.acknowledged.items())[-1:]
+        return all(in_force(host, *item) for host in self.site.hosts for item in last)
+
+    def settle(self):
+        """Wait until it is so. AssertionError, with what the hosts differ in."""
+        try:
+            wait_for(self.settled, "one registry in force", 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {self.differences()}") from None
+
+    def differences(self):
+        """Return what the hosts' registries differ in, and what is missing in one of them."""
+        registries = [host.registry() for host in self.site.hosts]
+        macs = {*self.acknowledged, *(mac for registry in registries for mac in registry)}
+        found = {mac: [registry.get(mac, {}).get("ipv4") for registry in registries] for mac in macs}
+        return {mac: each for mac, each in found.items() if len({*each}) > 1 or None in each}
+
+    def heal(self):
+        """Begin to count the time."""
+        self.healed = time.monotonic()
+
+    # ---- What is done to etcds ----
+    def stop_etcds(self, *hosts):
+        """Kill them."""
+        for host in hosts or self.site.hosts:
+            host.stop(host.etcd, signal.SIGKILL)
+
+    def start_etcds(self, *hosts, **settings):
+        """Start them, and wait until they answer."""
+        for host in hosts or self.site.hosts:
+            host.etcd_settings |= settings
+            host.start_etcd()
+        for host in hosts or self.site.hosts:
+            wait_for(lambda host=host: "Count" in host.etcdctl("get", "/", "-w", "fields", check=False), "etcd", 60)
+
+    def members(self, host):
+        """Return the members' IDs by name, as a host's etcd has them."""
+        found = json.loads(host.etcdctl("member", "list", "-w", "json"))["members"]
+        return {member.get("name", ""): f"{member['ID']:x}" for member in found}
+
+    def replace_member(self, host, at):
+        """Have a host's etcd replaced by an empty one, by the page's commands."""
+        old = self.members(at).get(host.letter)  # not removed while the others have not been up for 5 s
+
+        def removed():
+            return not old or "removed" in at.etcdctl("member", "remove", old, check=False)
+
+        wait_for(removed, "the old member's removal", 30)
+        if host.etcd in host.processes:
+            self.stop_etcds(host)
+        shutil.rmtree(f"{host.folder}/etcd")
+        peer = host.etcd_settings["ETCD_INITIAL_ADVERTISE_PEER_URLS"]
+
+        def added():
+            return "added" in at.etcdctl("member", "add", host.letter, f"--peer-urls={peer}", check=False)
+
+        wait_for(added, "the new member", 30)
+        members = [*filter(None, self.members(at)), host.letter]
+        urls = {h.letter: h.etcd_settings["ETCD_INITIAL_ADVERTISE_PEER_URLS"] for h in self.site.hosts}
+        cluster = ",".join(f"{letter}={urls[letter]}" for letter in members)
+        self.start_etcds(host, ETCD_INITIAL_CLUSTER=cluster, ETCD_INITIAL_CLUSTER_STATE="existing")
+
+    def restore(self, snapshot):
+        """Restore a snapshot on all hosts."""
+        self.stop_etcds()
+        cluster = ",".join(
+            f"{host.letter}={host.etcd_settings['ETCD_INITIAL_ADVERTISE_PEER_URLS']}" for host in self.site.hosts
+        )
+        for host in self.site.hosts:
+            shutil.rmtree(f"{host.folder}/etcd")
+            peer = host.etcd_settings["ETCD_INITIAL_ADVERTISE_PEER_URLS"]
+            options = [f"--name={host.letter}", f"--data-dir={host.folder}/etcd", f"--initial-cluster={cluster}"]
+            options += ["--initial-cluster-token=instances", f"--initial-advertise-peer-urls={peer}"]
+            host.etcdctl("snapshot", "restore", str(snapshot), *options)
+        self.start_etcds(ETCD_INITIAL_CLUSTER=cluster)
+
+    def snapshot(self):
+        """Return a snapshot of etcd as it is."""
+        path = self.site.folder / f"snapshot-{time.monotonic_ns()}"
+        self.site.hosts[0].etcdctl("snapshot", "save", str(path))
+        return path
+
+    # ---- What is done to hosts ----
+    def save(self, host):
+        """Return a backup of a host's files."""
+        folder = Path(f"{host.folder}/saved-{time.monotonic_ns()}")
+        folder.mkdir()
+        for end in SAVED:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy2(f"{host.base}{end}", folder)
+        return folder
+
+    def end(self, host):
+        """Have a host's program and all that it started end at once, as with its power."""
+        host.program.kill()
+        host.program.wait()
+        host.end_group()
+
+    def bring_back(self, host, saved):
+        """Have a host come back from a backup of its files."""
+        self.end(host)
+        for end in SAVED:
+            Path(f"{host.base}{end}").unlink(missing_ok=True)
+        for path in saved.iterdir():
+            shutil.copy2(path, host.folder)
+        Path(f"{host.base}.updated").touch()  # a boot makes all files again
+        host.start_lead()
+
+
+def in_force(host, mac, address):
+    """Tell whether a host's guard lets this pass."""
+    element = f"{{ {address} . {mac} }}"
+    return (
+        host.run("nft", "get", "element", "bridge", "instances", "instances_ip", element, check=False).returncode == 0
+    )
+
+
+# ---- The cases: each returns when what it did is healed, and has called heal() then ----
+CASES = {}
+
+
+def case(promise, seconds=PROMISE, quick=False):
+    """Make a function a case."""
+
+    def enter(function):
+        name = function.__name__.replace("_", " ")
+        CASES[name] = (function, promise, seconds, quick)
+        return function
+
+    return enter
+
+
+@case("what was written since is given back", quick=True)
+def snapshot_restored(chaos):
+    snapshot = chaos.snapshot()
+    for _ in range(3):
+        chaos.change()
+    chaos.restore(snapshot)
+    chaos.heal()
+
+
+@case("what was written since is given back, also by hosts that follow, where the leader does not have it")
+def snapshot_restored_and_the_leader_from_a_backup(chaos):
+    leader, snapshot = chaos.leader, chaos.snapshot()
+    saved = chaos.save(leader)
+    for _ in range(3):
+        chaos.change()
+    wait_for(chaos.settled, "the changes on all")
+    chaos.end(leader)
+    chaos.restore(snapshot)
+    chaos.bring_back(leader, saved)
+    chaos.heal()
+
+
+@case("what was written since is given back")
+def all_etcds_emptied(chaos):
+    chaos.change()
+    wait_for(chaos.settled, "the change on all")
+    chaos.stop_etcds()
+    for host in chaos.site.hosts:
+        shutil.rmtree(f"{host.folder}/etcd")
+    cluster = ",".join(f"{h.letter}={h.etcd_settings['ETCD_INITIAL_ADVERTISE_PEER_URLS']}" for h in chaos.site.hosts)
+    chaos.start_etcds(ETCD_INITIAL_CLUSTER=cluster, ETCD_INITIAL_CLUSTER_STATE="new")
+    chaos.heal()
+
+
+@case("its last entry, and what was entered on both sides, is there in the end", seconds=PROMISE + ELECTION)
+def force_new_cluster_of_a_member_that_lags(chaos):
+    a = next(host for host in chaos.site.others(chaos.leader))
+    chaos.site.move_etcd_leader(chaos.leader)
+    a.cut("mgmt0")
+    chaos.change()
+    others = chaos.site.others(a)
+    wait_for(lambda: all(host.registry() == chaos.leader.registry() for host in others), "the change on two")
+    a.stop(a.etcd)  # one that is killed may have applied entries that it does not know to be committed, and so drops
+    chaos.stop_etcds(*others)
+    a.cut("mgmt0", "up")
+    chaos.start_etcds(a, ETCD_FORCE_NEW_CLUSTER="true")
+    wait_for(a.leads, "its host leads alone", 60)
+    wait_for(lambda: chaos.site.leader() is a, "its host leads alone", 60)
+    chaos.change(a)
+    del a.etcd_settings["ETCD_FORCE_NEW_CLUSTER"]
+    for host in others:
+        chaos.replace_member(host, a)
+    chaos.heal()
+
+
+@case("nobody notices")
+def member_replaced_by_an_empty_one(chaos):
+    host = chaos.site.others(chaos.leader)[0]
+    chaos.change()
+    chaos.replace_member(host, chaos.leader)
+    chaos.change()
+    chaos.heal()
+
+
+@case("another leads; what the host had not is taken", quick=True)
+def leaders_host_from_a_backup(chaos):
+    leader = chaos.leader
+    saved = chaos.save(leader)
+    chaos.change()
+    chaos.change()
+    chaos.bring_back(leader, saved)
+    chaos.heal()
+
+
+@case("its etcd does not start with data of before; an empty one takes its place, and what the host had not is taken")
+def leaders_host_from_a_backup_with_its_etcd(chaos):
+    leader = chaos.leader
+    chaos.stop_etcds(leader)
+    saved = chaos.save(leader)
+    shutil.copytree(f"{leader.folder}/etcd", f"{leader.folder}/etcd.saved")
+    chaos.start_etcds(leader)
+    chaos.change()
+    chaos.change()
+    chaos.stop_etcds(leader)
+    chaos.end(leader)
+    shutil.rmtree(f"{leader.folder}/etcd")
+    Path(f"{leader.folder}/etcd.saved").rename(f"{leader.folder}/etcd")
+    leader.start_etcd()
+    wait_for(lambda: leader.etcd.poll() is not None, "the end of its etcd")
+    leader.processes.remove(leader.etcd)
+    chaos.bring_back(leader, saved)
+    chaos.replace_member(leader, chaos.site.others(leader)[0])
+    chaos.heal()
+
+
+@case("the leader goes on; what waited is written after the alarm", quick=True)
+def no_space(chaos):
+    alarm(chaos)
+    leader = chaos.leader
+    mac = chaos.change(leader, acknowledged=False)
+    wait_for(lambda: "space exceeded" in leader.said(), "the leader says so")
+    assert leader.leads() and leader.registry()[mac]
+    end_alarm(chaos)
+    chaos.heal()
+    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+
+
+@case("nobody leads until the page's commands end the alarm", seconds=PROMISE + ELECTION)
+def no_space_and_all_programs_restarted(chaos):
+    alarm(chaos)
+    for host in chaos.site.hosts:
+        chaos.end(host)
+        host.start_lead()
+    end_alarm(chaos)
+    chaos.heal()
+
+
+def alarm(chaos):
+    """Have the alarm NOSPACE raised: one member's quota is smaller than what there is."""
+    host = chaos.site.others(chaos.leader)[0]
+    chaos.stop_etcds(host)
+    chaos.start_etcds(host, ETCD_QUOTA_BACKEND_BYTES="16384")
+    host.etcdctl("put", "/other", "x" * 20000, check=False)
+    wait_for(lambda: "NOSPACE" in host.etcdctl("alarm", "list"), "the alarm")
+    chaos.stop_etcds(host)
+    del host.etcd_settings["ETCD_QUOTA_BACKEND_BYTES"]
+    chaos.start_etcds(host)
+
+
+def end_alarm(chaos):
+    """Do what the page says."""
+    host = chaos.site.hosts[0]
+    revision = host.etcd_status()["header"]["revision"]
+    host.etcdctl("compact", str(revision))
+    for host in chaos.site.hosts:
+        host.etcdctl("defrag")
+    host.etcdctl("alarm", "disarm")
+
+
+@case("it takes all that it missed", quick=True)
+def compaction_while_a_host_is_away(chaos):
+    host = chaos.site.others(chaos.leader)[0]
+    host.program.send_signal(signal.SIGSTOP)
+    for _ in range(3):
+        chaos.change()
+    chaos.leader.etcdctl("compact", str(chaos.leader.etcd_status()["header"]["revision"]))
+    host.program.send_signal(signal.SIGCONT)
+    chaos.heal()
+
+
+@case("what was changed on it in its last moment is handed over when it is back")
+def change_in_the_last_moment_of_a_leader_that_is_cut_off(chaos):
+    leader = chaos.leader
+    leader.cut("mgmt0")
+    mac = chaos.change(leader, acknowledged=False)
+    wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
+    chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
+    leader.cut("mgmt0", "up")
+    chaos.heal()
+    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+
+
+@case("another leads; what was changed on it in its last moment is handed over after its next boot")
+def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
+    leader = chaos.leader
+    leader.etcd.send_signal(signal.SIGSTOP)
+    mac = chaos.change(leader, acknowledged=False)
+    chaos.end(leader)
+    chaos.stop_etcds(leader)
+    wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
+    removed = chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
+    chaos.leader.update("--remove", removed)
+    del chaos.acknowledged[removed]
+    chaos.start_etcds(leader)
+    leader.start_lead()
+    chaos.heal()
+    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+
+
+@case("another leads; its guest has network again within a minute of that, by both versions")
+def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
+    leader = chaos.leader
+    host, number = chaos.site.others(leader)[0], next(chaos.numbers)
+    guest = host.client("late", f"10:66:6a:4e:00:{number:02x}", port=f"late{number}")
+    leader.etcd.send_signal(signal.SIGSTOP)
+    guest.start_dhcp4()
+    guest.start_dhcp6()
+    wait_for(lambda: leader.registry().get(guest.mac, {}).keys() >= {"ipv4", "ipv6_ula", "ipv6_gua"}, "its leases")
+    chaos.end(leader)
+    chaos.stop_etcds(leader)
+    new = wait_for(lambda: next((h for h in chaos.site.others(leader) if h.leads()), None), "another leads", 60)
+    assert guest.mac not in new.registry()
+    begun = time.monotonic()
+    wait_for(lambda: guest.pings("10.83.0.1") and guest.pings("fd83:5eed::1"), "its network", 70)
+    report_late.append(time.monotonic() - begun)
+    assert report_late[-1] < 60, report_late[-1]
+    chaos.start_etcds(leader)
+    leader.start_lead()
+    host.clients.remove(guest)
+    guest.close()
+    chaos.heal()
+
+
+report_late = []  # seconds
+
+
+@case("another leads", seconds=PROMISE + ELECTION)
+def leaders_program_hangs(chaos):
+    leader = chaos.leader
+    leader.program.send_signal(signal.SIGSTOP)
+    wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
+    chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
+    leader.program.send_signal(signal.SIGCONT)
+    chaos.heal()
+
+
+@case("another leads", seconds=PROMISE)
+def leaders_etcd_killed(chaos):
+    leader = chaos.leader
+    chaos.stop_etcds(leader)
+    wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
+    chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
+    chaos.start_etcds(leader)
+    chaos.heal()
+
+
+@case("another leads")
+def leader_cut_off_from_everything(chaos):
+    leader = chaos.leader
+    for port in ("lan", "mgmt0"):
+        leader.cut(port)
+    wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
+    chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
+    for port in ("lan", "mgmt0"):
+        leader.cut(port, "up")
+    chaos.heal()
+
+
+@case("nobody leads; what is in force stays", seconds=PROMISE + ELECTION)
+def all_etcds_killed(chaos):
+    chaos.change()
+    chaos.stop_etcds()
+    wait_for(lambda: not any(host.leads() for host in chaos.site.hosts), "no gateway", 30)
+    chaos.start_etcds()
+    chaos.heal()
+
+
+@case("nobody leads; what is in force stays", seconds=PROMISE + ELECTION)
+def majority_lost(chaos):
+    chaos.change()
+    gone = chaos.site.hosts[:2]
+    chaos.stop_etcds(*gone)
+    wait_for(lambda: not any(host.leads() for host in chaos.site.hosts), "no gateway", 30)
+    chaos.site.hosts[0].start_etcd()
+    chaos.start_etcds(gone[1])
+    chaos.heal()
+
+
+@case("it takes all that it missed")
+def follower_cut_off(chaos):
+    host = chaos.site.others(chaos.leader)[0]
+    host.cut("mgmt0")
+    for _ in range(3):
+        chaos.change()
+    host.cut("mgmt0", "up")
+    chaos.heal()
+
+
+@case("they are what etcd has again", quick=True)
+def registries_damaged(chaos):
+    leader, (one, other) = chaos.leader, chaos.site.others(chaos.leader)
+    chaos.change()
+    Path(f"{one.base}.json").write_text("{")
+    Path(f"{other.base}.json").write_text("{}")
+    Path(f"{leader.base}.json").unlink()
+    one.program.send_signal(signal.SIGSTOP)  # and nothing is to be told by etcd
+    one.program.send_signal(signal.SIGCONT)
+    chaos.heal()
+
+
+def play(chaos, name):
+    """Run a case; return the seconds from healing until all have the same in force, and how often who led. May fail."""
+    function = CASES[name][0]
+    begun, led = time.time(), leads(chaos.site)
+    chaos.change()
+    function(chaos)
+    chaos.settle()
+    took = time.monotonic() - chaos.healed
+    wait_for(chaos.site.leader, "a leader", 60)
+    chaos.change()
+    chaos.settle()
+    now = time.time()
+    wait_for(lambda: all(pinger.answered(now) for pinger in chaos.pingers), f"{name}: the gateway")
+    lines = [line.split() for line in (chaos.site.folder / "sniffed").read_text().splitlines()]
+    sent = sorted((float(when), port) for when, port in lines if float(when) > begun)
+    turns = len([port for port, _ in itertools.groupby(port for _, port in sent)])
+    assert turns <= leads(chaos.site) - led + 1, f"{name}: two gateways: {turns} turns"
+    return took, leads(chaos.site) - led
+
+
+def leads(site):
+    """Return how often a host began to lead."""
+    return sum(host.said().count(": leads\n") for host in site.hosts)
+
+
+def soak(chaos, count, seconds):
+    """Make a change each second; print a line of what it costs each minute."""
+    import test_network
+
+    leader = chaos.leader
+    test_network.fill(leader, count)
+    begun = time.monotonic()
+    wait_for(lambda: all(len(host.registry()) > count for host in chaos.site.hosts), "the instances on all", 120)
+    print(f"{count} instances: on all hosts after {time.monotonic() - begun:.1f} s")
+    follower = chaos.site.others(leader)[0]
+    print("| minute | lag, median and maximum | etcd's file, in use | its memory | the leader's and a follower's |")
+    begun = time.monotonic()
+    for minute in range(seconds // 60):
+        lags, mac = [], None
+        for second in range(60):
+            time.sleep(max(0, begun + minute * 60 + second - time.monotonic()))
+            if mac:
+                leader.update("--remove", mac)
+            mac, changed = chaos.change(leader, acknowledged=False), time.monotonic()
+            if second % 10 == 5:
+                address = leader.registry()[mac]["ipv4"]
+                wait_for(lambda new=(mac, address): in_force(follower, *new), "in force", 60)
+                lags.append(time.monotonic() - changed)
+        status = leader.etcd_status()
+        size = f"{status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB"
+        memory = [f"{test_network.cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
+        lag = f"{sorted(lags)[len(lags) // 2]:.2f}, {max(lags):.2f} s of {len(lags)}"
+        print(f"| {minute + 1} | {lag} | {size} | {memory[0]} MiB | {memory[1]}, {memory[2]} MiB |", flush=True)
+
+
+@contextlib.contextmanager
+def hosts():
+    """Three hosts, one of which leads, with a guest each that pings the gateway."""
+    import test_network
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        site = test_network.Site(Path(folder))
+        try:
+            for host in site.hosts:
+                host.guard()
+            places = enumerate(site.hosts)
+            site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11") for n, host in places]
+            site.sniff()
+            for host in site.hosts:
+                host.start_lead()
+            wait_for(site.leader, "a leader", 60)
+            for guest in site.guests:
+                guest.dhcp4(guest.label)
+            yield Chaos(site, [test_network.Pinger(guest, "10.83.0.1") for guest in site.guests])
+        finally:
+            site.close()
+
+
+def main(words):
+    """Run cases and print the table; return the exit status."""
+    failed = 0
+    with hosts() as chaos:
+        if words[:1] == ["--soak"]:
+            return soak(chaos, *map(int, words[1:]))
+        print("| case | promise | one registry in force after | times that a host began to lead |")
+        print("| --- | --- | --- | --- |")
+        for name, (_, promise, seconds, _) in CASES.items():
+            if not words or any(word in name for word in words):
+                try:
+                    took, times = play(chaos, name)
+                    outcome = f"{took:.1f} s" if took < seconds else f"**{took:.1f} s, not {seconds}**"
+                    failed += took > seconds
+                except (AssertionError, OSError) as error:
+                    outcome, times, failed = f"**{str(error).splitlines()[0]}**", "", failed + 1
+                print(f"| {name} | {promise} | {outcome} | {times} |", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
