@@ -39,7 +39,8 @@ REASONS = (  # for a drop, in the set instances_dropped; 15 characters at most
 )
 CHAINS = """\
 # Fields that nftables has no name for, by their offset and length in bits:
-#   @ll,48,24 . @ll,72,24      the two halves of the frame's source MAC address
+#   @ll,0,24 . @ll,24,24       the two halves of the frame's destination MAC address, and of its source's
+#   @ll,48,24 . @ll,72,24
 #   @nh,64,24 . @nh,88,24      the sender's hardware address of ARP (RFC 826), its IPv4 address, and the one it asks for
 #   @nh,112,32, @nh,192,32
 #   @nh,96,32, @nh,128,32      the source and destination address of IPv4
@@ -170,12 +171,17 @@ chain instances_sent {
 chain instances_learn {
     ip6 hoplimit != 255 return
     icmpv6 type nd-neighbor-advert jump instances_learn_target
+    ip6 saddr :: icmpv6 type nd-neighbor-solicit goto instances_learn_probe
     @nh,64,64 @instances_prefixes @nh,152,16 != 0xfffe \\
         update @instances_elsewhere { @nh,64,128 . ether saddr } update @instances_elsewhere_used { @nh,64,128 }
 }
 chain instances_learn_target {
     @th,64,64 @instances_prefixes @th,152,16 != 0xfffe \\
         update @instances_elsewhere { @th,64,128 . ether saddr } update @instances_elsewhere_used { @th,64,128 }
+}
+# Duplicate address detection tells of a new address, but for a guest that has it already.
+chain instances_learn_probe {
+    @th,64,128 != @instances_claimed jump instances_learn_target
 }
 # Use, for what comes in by the port of the DHCP server: udp sport 67 udp dport 68 jump instances_learn_lease
 chain instances_learn_lease {
@@ -184,12 +190,13 @@ chain instances_learn_lease {
         goto instances_learn_ack
 }
 chain instances_learn_ack {
-    # It is sent to all, or to the address that it gives (RFC 2131, section 4.1). What looks like one, but was routed
-    # here, is sent to an address that somebody has already.
-    update @instances_same_address { @nh,128,32 . @nh,128,32 }
+    # It is sent to all, or to the client, at the address that it gives (RFC 2131, section 4.1). What looks like one,
+    # but was routed here, is sent to somebody who has another address.
     ip daddr 255.255.255.255 update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
-    @nh,128,32 . @th,192,32 @instances_same_address \\
-        update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
+    update @instances_same_address { @nh,128,32 . @nh,128,32 }
+    update @instances_same_mac { @ll,0,24 . @ll,24,24 . @ll,0,24 . @ll,24,24 }
+    @nh,128,32 . @th,192,32 @instances_same_address @ll,0,24 . @ll,24,24 . @th,288,24 . @th,312,24 \\
+        @instances_same_mac update @instances_leased { @th,192,32 . @th,288,24 . @th,312,24 }
 }
 # Use: ether type arp goto instances_drop_arp
 chain instances_drop_arp {
@@ -199,6 +206,8 @@ chain instances_drop_arp {
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
     @nh,112,32 . @ll,48,24 . @ll,72,24 @instances_leased \\
         @ll,48,24 . @ll,72,24 . @nh,64,24 . @nh,88,24 @instances_same_mac return
+    # Linux asks from any of its addresses, also from one in a network that it routes.
+    arp operation request arp saddr ip . ether saddr @instances_net arp saddr ip . arp saddr ether @instances_net return
     goto instances_reason_not_registered
 }
 # A probe asks whether anybody has an address that the sender is to use (RFC 5227).
@@ -286,7 +295,7 @@ chain instances_claim_target {
     @th,64,128 . ether saddr @instances_claims update @instances_claims { @th,64,128 . ether saddr } \\
         update @instances_claimed { @th,64,128 } return
     @th,64,128 @instances_claimed goto instances_reason_ndp_target
-    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } \\
+    update @instances_claiming { ether saddr limit rate over 10/hour burst 50 packets } \\
         goto instances_reason_too_many_claims
     add @instances_claimed { @th,64,128 } add @instances_claims { @th,64,128 . ether saddr } return
     goto instances_reason_too_many_claims
@@ -308,7 +317,7 @@ chain instances_claim_source {
     @nh,64,128 . ether saddr @instances_claims update @instances_claims { @nh,64,128 . ether saddr } \\
         update @instances_claimed { @nh,64,128 } return
     @nh,64,128 @instances_claimed goto instances_reason_ipv6_source
-    update @instances_claiming { ether saddr limit rate over 10/hour burst 10 packets } \\
+    update @instances_claiming { ether saddr limit rate over 10/hour burst 50 packets } \\
         goto instances_reason_too_many_claims
     add @instances_claimed { @nh,64,128 } add @instances_claims { @nh,64,128 . ether saddr } return
     goto instances_reason_too_many_claims
@@ -335,9 +344,9 @@ chain instances_drop_dhcp {
     update @instances_same_mac { @ll,48,24 . @ll,72,24 . @ll,48,24 . @ll,72,24 }
     udp dport 67 @th,64,24 0x010106 @th,256,32 0 @th,192,32 0 @ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\
         @instances_same_mac return
-    # Solicit, Request, Confirm, Renew, Rebind, Information-request (RFC 8415, section 7.3), from a link-local address,
-    # which no two guests share: by it the server finds the client's MAC address.
-    udp dport 547 @nh,64,64 0xfe80000000000000 @th,64,8 { 1, 3, 4, 5, 6, 11 } return
+    # Solicit, Request, Confirm, Renew, Information-request (RFC 8415, section 7.3), from a link-local address, which no
+    # two guests share: by it the server finds the client's MAC address. By Rebind, dnsmasq grants any address.
+    udp dport 547 @nh,64,64 0xfe80000000000000 @th,64,8 { 1, 3, 4, 5, 11 } return
     goto instances_reason_dhcp_message
 }
 # Use: meta l4proto { 2, 51, 58, 103 } jump instances_drop_query

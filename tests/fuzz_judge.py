@@ -253,7 +253,8 @@ class Judge:
         hardware, address, target = body[8:14], body[14:18], body[24:28]
         if address == ZERO:
             return "" if self.standing(sender, target) == "own" else "probe for an address that is not the sender's"
-        if self.standing(sender, address) != "own":
+        asks_routed = body[6:8] == b"\0\1" and self.standing(sender, address) == "routed"
+        if self.standing(sender, address) != "own" and not asks_routed:
             return "ARP of an address that is not the sender's"
         return "" if hardware == sender else "ARP of another's hardware address"
 
@@ -329,7 +330,9 @@ class Judge:
             return ""
         if at == "guest":
             return "DHCPv6 request that another guest hears"
-        return "" if packet.data[8] in (1, 3, 4, 5, 6, 11) else "DHCPv6 message that no client may send"
+        if packet.source[:8] != LINK_LOCAL:
+            return "DHCPv6 from an address that two guests may share"
+        return "" if packet.data[8] in (1, 3, 4, 5, 11) else "DHCPv6 message that no client may send"
 
     # What must arrive: well-formed in every way, and of a kind that honest guests send
 
@@ -380,7 +383,7 @@ class Judge:
             return False
         if packet.protocol == AH:
             return not headers and data[:1] in (b"\x06", b"\x11", b"\x3a") and whole_header(packet)
-        others = (HOP_BY_HOP, ICMP, IGMP, ROUTING, FRAGMENT, NO_NEXT, DESTINATION, 255)
+        others = (HOP_BY_HOP, ICMP, IGMP, PIM, ROUTING, FRAGMENT, NO_NEXT, DESTINATION, 255)
         return packet.protocol not in others and whole_header(packet)
 
     def needed_discovery(self, sender: bytes, packet: Packet, kind: int) -> bool:

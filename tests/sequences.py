@@ -331,7 +331,9 @@ class Trial:
 
     def do_dad(self, who: str, target: str) -> None:
         frame = ip6(who, "::", discovery(SOLICIT, target))
-        self.send(who, frame, lambda now: self.model.standing(who, target, now), uses=[target])
+        _, now = self.send(who, frame, lambda now: self.model.standing(who, target, now), uses=[target])
+        if not self.is_guest(who):
+            self.model.probe(who, target, now)
 
     def do_ns(self, who: str, source: str) -> None:
         frame = ip6(who, source, discovery(SOLICIT, "2001:67c:83::1", who))

@@ -114,6 +114,15 @@ class Model:
         for address in filter(is_claimed, addresses):
             self.elsewhere.setdefault(address, {})[who] = (now.begin + self.claim_time, now.end + self.claim_time)
 
+    def probe(self, who: str, address: str, now: Now) -> None:
+        """Note an address for which somebody there detects duplicates, unless a guest has claimed it."""
+        sure, possible = self.living(self.claims, address, now)
+        before = self.elsewhere.get(address, {}).get(who, (0, 0))
+        if not sure:
+            self.learn(who, [address], now)
+        if possible and not sure and is_claimed(address):
+            self.elsewhere[address][who] = (before[0], now.end + self.claim_time)
+
     def lease(self, who: str, address: str, now: Now) -> None:
         """Note a lease, unless the address is somebody's. Whoever had it leased before may still have it."""
         if address != "0.0.0.0" and not self.holders(address):

@@ -258,6 +258,10 @@ def test_network_behind_a_guest_is_reached_through_it_and_used_by_no_other(guest
         wait_for(lambda a=address: reaches(host, a), f"{address} through the guest")
     for address in ("10.83.0.1", "2001:67c:83::1"):
         wait_for(lambda a=address: reaches(behind, a), f"{address} from behind the guest")
+    one.run("ip", "neighbour", "flush", "dev", "eth0")  # the guest asks from there, too
+    wait_for(
+        lambda: one.run("ping", "-c", "1", "-W", "1", "-I", ROUTERS[0], "10.83.0.1", check=False).returncode == 0, "it"
+    )
     udp = scapy.UDP(sport=5000, dport=5000)
     for packet in (scapy.IP(src=ROUTED4, dst="10.83.0.1"), scapy.IPv6(src=ROUTED6, dst="2001:67c:83::1")):
         before = host.dropped(two.mac, "not registered")

@@ -319,7 +319,7 @@ def message6(attacker, kind):
     return ip / scapy.UDP(sport=546, dport=547) / bytes([kind, 0, 0, 7])
 
 
-CLIENTS = (1, 3, 4, 5, 6, 11)  # Solicit, Request, Confirm, Renew, Rebind, Information-request
+CLIENTS = (1, 3, 4, 5, 11)  # Solicit, Request, Confirm, Renew, Information-request
 CLOSE = {  # what is let through but for one field: (the reason of its drop, frame)
     "ARP with another's hardware address": ("ARP address", lambda a, v: claim(a, v.mac, addresses(a)["10"])),
     "ARP with another's addresses": ("ARP address", lambda a, v: claim(a, v.mac, addresses(v)["10"])),
@@ -335,7 +335,7 @@ CLOSE = {  # what is let through but for one field: (the reason of its drop, fra
     "DHCP by a relay agent": ("DHCP message", lambda a, v: inform(a, giaddr=addresses(a)["10"])),
     **{
         f"DHCPv6 message {kind}": ("DHCP message", lambda a, v, k=kind: message6(a, k))
-        for kind in (0, 2, 7, 8, 9, 10, 12, 13, 14, 255)
+        for kind in (0, 2, 6, 7, 8, 9, 10, 12, 13, 14, 255)
     },
 }
 OWN = {  # the same without that

@@ -150,7 +150,7 @@ def test_lease_of_an_address_of_another_is_not_registered(bridge, attack, who):
     credulous(script)
     frames = solicitation(attacker, 133), FORGED[attack](bridge, attacker)
     for believed in (script, UPDATE):
-        bridge.reset(script=believed)
+        bridge.reset("Rebind" not in attack, script=believed)  # by itself: the guard drops Rebind
         attacker.send(bytes(frames[0]))
         wait_for(lambda: bridge.host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
         attacker.send(bytes(frames[1]))
@@ -172,7 +172,7 @@ def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is
 
     try:
         for believed in (script, UPDATE):
-            bridge.reset(script=believed)
+            bridge.reset(False, script=believed)
             for address in registered + new:
                 host.run("ip", "address", "replace", f"{address}/80", "dev", "br0", "nodad", "preferred_lft", "0")
                 if address == registered[-1]:
@@ -191,6 +191,24 @@ def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is
     finally:
         for address in registered + new:
             host.run("ip", "address", "del", f"{address}/80", "dev", "br0", check=False)
+
+
+@pytest.mark.parametrize("who", ATTACKERS)
+def test_rebind_gives_no_address_that_nobody_has_registered(bridge, who):
+    """A router's behind an uplink, say, or one that a guest has made itself: dnsmasq grants any of the prefix."""
+    attacker, address = getattr(bridge, who), "2001:67c:83::fe"
+    frame = dhcp6(bridge, attacker, scapy.DHCP6_Rebind, duid=own_duid(attacker), addresses=[address])
+
+    def given():
+        return address in bridge.host.registry().get(attacker.mac, {}).values()
+
+    bridge.reset(guard=False)
+    attacker.send(bytes(solicitation(attacker, 133)))
+    wait_for(lambda: bridge.host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
+    wait_for(lambda: attacker.send(bytes(frame)) or given(), "the address without the guard")
+    bridge.reset()
+    bridge.is_dropped("DHCP message", attacker, frame)
+    assert not given()
 
 
 def test_name_that_programs_look_for_is_given_to_nobody_in_any_spelling(bridge):
