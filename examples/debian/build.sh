@@ -4,7 +4,12 @@
 # of another version: README's instances_*_all.deb is one file.
 set -eu
 
-[ $# -eq 0 ] || { echo "usage: build.sh" >&2; exit 2; }
+case "$*" in
+'') ;;
+-h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
+--version) echo "build.sh: 4.0"; exit ;;
+*) echo "build.sh: error: $*: no such usage: see --help" >&2; exit 2 ;;
+esac
 top=$(cd "$(dirname "$0")/../.." && pwd)
 here=$PWD
 umask 022
