@@ -11,7 +11,8 @@ import sys
 from _socket import AF_INET, AF_INET6, inet_ntop, inet_pton  # the module socket takes 6 ms to import
 
 USAGE = """\
-usage: instances-process.py [-h] [-f | --force]
+usage: instances-process.py [-f | --force]
+       instances-process.py --help | --version
 
 Where instances-update.py left its marker, or with --force: make BASE.hosts, BASE.nftables_chains and
 BASE.nftables_sets of BASE.json. BASE is INSTANCES_BASE_PATH[-INSTANCES_BASE_ID], by default
@@ -385,7 +386,7 @@ FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains 
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
-VERSION = "1.0"
+VERSION = "4.0"
 
 
 def say(message, descriptor=2):
@@ -692,7 +693,7 @@ def main(arguments):
         os.write(1, f"{USAGE}\n".encode())
         return 0
     if arguments not in ([], ["-f"], ["--force"]):
-        os.write(2, f"{USAGE}\n".encode())
+        say(f"error: {' '.join(arguments) or 'nothing'}: no such usage: see --help")
         return 2
     base = base_path()
     if not arguments and not os.path.lexists(base + ".updated"):

@@ -25,7 +25,7 @@ SERVICES = ("isatap", "localhost", "wpad")  # names that programs look for by th
 
 
 # ---- Shared: these lines stand in both scripts, and a test keeps them the same ----
-VERSION = "1.0"
+VERSION = "4.0"
 
 
 def say(message, descriptor=2):

@@ -177,8 +177,12 @@ def demonstrate(folder, log):
 
 def main():
     """Make the namespaces and go through the steps; take all away whatever happens; return the exit status."""
+    if sys.argv[1:] in (["-h"], ["--help"], ["--version"]):
+        print("demo.py: 4.0\n" if sys.argv[1] == "--version" else __doc__.partition("\n\n")[2], end="")
+        return 0
     if len(sys.argv) > 1 or os.geteuid() != 0:
-        print("usage: demo.py     as root", file=sys.stderr)
+        wrong = f"{' '.join(sys.argv[1:])}: no such usage: see --help" if sys.argv[1:] else "run it as root"
+        print(f"demo.py: error: {wrong}", file=sys.stderr)
         return 2
     sys.stdout.reconfigure(line_buffering=True)  # in a pipe, too: an error comes behind what led to it
     for number in (signal.SIGTERM, signal.SIGHUP):

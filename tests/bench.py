@@ -2,9 +2,11 @@
 """Show what the scripts and the chains cost: medians, and ratios of runs that took turns. Nothing is asserted.
 
 As root, with the Python to be measured: /usr/bin/python3 -B tests/bench.py. It takes about four minutes.
+With --svg FILE, only frames are measured, and the first page's picture is made of that.
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -181,8 +183,11 @@ def frames(sender: str, receiver: str) -> dict[str, str]:
     return {what: bytes(packet).hex() for what, packet in packets.items()}
 
 
-def measure_frames(folder: Path) -> None:
-    """Measure frames across a bridge with four ports: bridge.nft, and rules by address, against empty chains."""
+def measure_frames(folder: Path) -> dict:
+    """Measure frames across a bridge with four ports: bridge.nft, and rules by address, against empty chains.
+
+    Return how many times as much as with empty chains a frame of IPv4 TCP costs: {(what, number of instances): ratio}.
+    """
     host = Host(folder)
     try:
         sender, receiver, *_ = (host.client(f"port{number}", mac(number)) for number in range(4))
@@ -209,8 +214,10 @@ def measure_frames(folder: Path) -> None:
                 for kind, frame in kinds.items():
                     microseconds = float(sender.run(*PYTHON, "-c", SENDER, frame).stdout)
                     costs.setdefault((file, kind), []).extend([microseconds] if turn else [])
+        pictured = {}
         for kind in kinds:
             ratios = {}
+            pictured = pictured or ratios  # of the first kind
             for what, size in [*files][1:]:
                 ours, empty = costs[files[what, size], kind], costs[files["empty"], kind]
                 ratios[what, size] = statistics.median(a / b for a, b in zip(ours, empty))
@@ -218,8 +225,47 @@ def measure_frames(folder: Path) -> None:
                 show(f"frame, {kind}: {what} / hooks with empty chains", f"{size:,}", *both, ratios[what, size])
             growth = ratios["bridge.nft", 10_000] / ratios["bridge.nft", 1]
             show("… growth of bridge.nft", "1 to 10,000", "", "", growth)
+        return pictured
     finally:
         host.close()
+
+
+SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 250" font-family="sans-serif" font-size="13">
+<title>Cost of a frame by number of guests</title>
+<style>
+text {{ fill: #333 }} .axis {{ stroke: #999; stroke-width: .5 }} .line {{ fill: none; stroke-width: 2 }}
+.ours {{ color: #06c }} .rules {{ color: #c50 }} .line {{ stroke: currentColor }} .dot {{ fill: currentColor }}
+@media (prefers-color-scheme: dark) {{ text {{ fill: #ddd }} .ours {{ color: #6bf }} .rules {{ color: #fa6 }} }}
+</style>
+<text x="20" y="20">Cost of a frame, in multiples of its cost without rules, by number of guests</text>
+{body}</svg>
+"""
+
+
+def picture(ratios: dict) -> str:
+    """Return a picture of what measure_frames returns, on two logarithmic axes."""
+    ticks = [tick for tick in (1, 3, 10, 30, 100, 300, 1000) if tick / 3 < max(ratios.values())]
+    body = ""
+
+    def x(size: int) -> int:
+        return round(60 + 105 * math.log10(size))
+
+    def y(ratio: float) -> int:
+        return round(210 - 165 * max(math.log(ratio), 0) / math.log(ticks[-1]))
+
+    for size in SIZES:
+        body += f'<text x="{x(size)}" y="232" text-anchor="middle">{size:,}</text>\n'
+    for tick in ticks:
+        body += f'<path class="axis" d="M60 {y(tick)}H480"/>\n'
+        body += f'<text x="50" y="{y(tick) + 4}" text-anchor="end">{tick}</text>\n'
+    for style, what in (("ours", "bridge.nft"), ("rules", "a rule per address")):
+        places = [(x(size), y(ratio), ratio) for (name, size), ratio in ratios.items() if name == what]
+        body += f'<g class="{style}"><path class="line" d="M{" L".join(f"{a} {b}" for a, b, _ in places)}"/>\n'
+        body += "".join(f'<circle class="dot" cx="{a}" cy="{b}" r="3"/>\n' for a, b, _ in places)
+        a, b, last = places[-1]
+        body += f'<text class="dot" x="{a + 10}" y="{b + 4}">{what}: {last:.2g}</text></g>\n'
+    return SVG.format(body=body)
 
 
 def measure_loading(folder: Path) -> None:
@@ -322,8 +368,12 @@ def processor_time(pid: int) -> float:
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
-def main() -> None:
-    """Print the table."""
+def main(arguments: list[str]) -> None:
+    """Print the table, or make the picture."""
+    if arguments[:1] == ["--svg"] and len(arguments) == 2:
+        with tempfile.TemporaryDirectory() as name:
+            Path(arguments[1]).write_text(picture(measure_frames(Path(name))))
+        return
     nft = subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.split()[1]
     python = f"Python {platform.python_version()}, filelock {version('filelock')}"
     print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
@@ -343,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -214,7 +214,8 @@ def test_settings_that_are_not_there_or_broken_change_nothing(applied):
         assert applied.tables() == set() and not applied.names()
     for wrong in (("a", "b"), ("--aply",), ("",), ("--remove", "a", "b"), ("--remove", "--help")):
         result = applied.host.run(APPLY, *wrong, check=False)
-        assert (result.returncode, result.stderr) == (2, "usage: instances-apply [-h] [--remove] [SETTINGS]\n")
+        message = f"instances-apply: error: {' '.join(wrong) or 'nothing'}: no such usage: see --help\n"
+        assert (result.returncode, result.stderr) == (2, message)
 
 
 def test_settings_mean_the_same_to_sh(applied):

@@ -194,10 +194,10 @@ def test_incus_example_says_that_incus_is_not_there(incus):
     refused(incus, "'incus'")
 
 
-@pytest.mark.parametrize("arguments", [("--force",), ("--show", "x"), ("--help",)])
+@pytest.mark.parametrize("arguments", [("--force",), ("--show", "x")])
 def test_incus_example_refuses_other_arguments(incus, arguments):
     result = incus.run(*arguments)
-    assert result.returncode == 2 and result.stderr.startswith("usage: ") and incus.asked() == 0
+    assert result.returncode == 2 and ": no such usage: " in result.stderr and incus.asked() == 0
 
 
 def test_incus_example_waits_for_the_lock(incus):

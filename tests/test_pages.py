@@ -22,6 +22,7 @@ NOT_RUN = {
         "add|old MAC": "usage",
     },
     "examples/libvirt/README.md": {"<interface": "a part of a definition; libvirt.py has domains with such a one"},
+    "examples/show/README.md": {"AND + WHAT": "what it prints"},
     "examples/network/README.md": {"rsync": "needs ssh between two hosts"},
     "examples/systemd/README.md": {"ExecStartPost": "a drop-in; boot.sh has such a one"},
 }
@@ -363,7 +364,17 @@ def test_cron_page_gives_a_lease_its_name_and_guard_at_once_and_undoes_all(machi
     machine.follow("examples/cron/README.md", "instances-apply --remove")
     assert not machine.run("nft", "list", "tables").stdout and (machine.etc / "instances" / "bridge.nft").exists()
     left = [path for place in ("etc", "run", "sbin") for path in (machine.folder / place).rglob("instances*")]
-    assert {path.suffix for path in left} <= {".py", ".path", ".service", ".timer", ""} and len(left) == 6, left
+    assert {path.suffix for path in left} <= {".py", ".path", ".service", ".timer", ""} and len(left) == 11, left
+
+
+def test_show_page_shows_the_host_and_undoes_all(machine):
+    lines = machine.follow("examples/show/README.md", "install -m 755").splitlines()
+    assert lines[0].startswith("NAME  MAC ADDRESS ") and lines[-1] == "  port: br0" and "host: 10:66:" in lines[2]
+    machine.follow("examples/show/README.md", "systemctl enable --now instances-metrics.timer")
+    assert (machine.etc / "systemd" / "system" / "instances-metrics.timer").exists()
+    machine.follow("examples/show/README.md", "systemctl disable --now instances-metrics.timer")
+    assert not list(machine.sbin.glob("instances-show")) and list(machine.sbin.glob("instances-apply"))
+    assert not list((machine.etc / "systemd" / "system").glob("instances-metrics*"))
 
 
 def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force_until_it_is_undone(machine):

@@ -1,6 +1,9 @@
 """What holds of the files themselves."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from lab import EXAMPLES, PROCESS, TOP, UPDATE
@@ -17,6 +20,32 @@ def shared_block(script):
 def test_shared_block_is_the_same_in_both_scripts():
     block = shared_block(UPDATE)
     assert len(block) > 50 and block == shared_block(PROCESS)
+
+
+PROGRAMS = [
+    UPDATE,
+    PROCESS,
+    *(path for path in EXAMPLES.glob("*/*") if path.is_file() and path.read_bytes()[:2] == b"#!"),
+]
+PROGRAMS += [EXAMPLES / "demo.py"]
+OTHERS = {"qemu", "instances-etcd.py"}  # libvirt runs it, and it never fails; the other programs of network load it
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if p.name not in OTHERS], ids=lambda program: program.name)
+def test_programs_have_help_and_a_version_and_say_first_what_is_wrong(program):
+    version = re.match(r"instances \((.*)\)", (EXAMPLES / "debian" / "debian" / "changelog").read_text())[1]
+    path = f"{TOP}:{EXAMPLES}/systemd:{EXAMPLES}/network:{EXAMPLES}/show:{os.environ['PATH']}"
+    said = {}
+    for word in ("--help", "-h", "--version", "--no-such"):
+        command = [program] if program.suffix == ".sh" or program.name == "vmbridge" else [sys.executable, program]
+        result = subprocess.run([*command, word], capture_output=True, text=True, env=os.environ | {"PATH": path})
+        said[word] = result.returncode, result.stdout, result.stderr
+    assert os.access(program, os.X_OK)
+    assert said["--version"] == (0, f"{program.name}: {version}\n", "")
+    assert said["--help"] == said["-h"] and said["--help"][::2] == (0, "") and said["--help"][1].startswith("usage: ")
+    assert said["--no-such"][:2] == (2, "") and re.fullmatch(
+        f"{program.name}: error: --no-such.*\n", said["--no-such"][2]
+    )
 
 
 def test_top_level_holds_nothing_else():

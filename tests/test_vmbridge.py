@@ -190,9 +190,9 @@ def test_vmbridge_without_nat_wants_no_forwarding_whatever_the_bridge_is_called(
 @pytest.mark.parametrize(
     ("bridge", "arguments", "status", "message"),
     [
-        ("br0", ("begin",), 2, "usage: vmbridge BRIDGE start [nat] | stop | status | reload"),
-        ("br0", (), 2, "usage: vmbridge"),
-        ("br0", ("stop", "nat"), 2, "usage: vmbridge"),
+        ("br0", ("begin",), 2, "error: br0 begin: no such usage: see --help"),
+        ("br0", (), 2, "error: br0: no such usage: see --help"),
+        ("br0", ("stop", "nat"), 2, "error: br0 stop nat: no such usage: see --help"),
         ("none", ("start",), 1, "none: no such bridge"),
         ("lo", ("start",), 1, "lo: no such bridge"),
         ("../x", ("start",), 1, "../x: not the name of a bridge"),

@@ -570,7 +570,7 @@ def test_wrong_usage_is_told(tmp_path):
     no_server = [["zone", "h", "f", "instance.example"], ["zone", "h", "f", "10.83.0.0/24", "instance.example"]]
     for words in ([], ["zone"], *no_server, ["bind", "h", "f", *SERVER]):
         result = run_script(ZONE, *words, base=tmp_path)
-        assert result.returncode == 2 and result.stderr.startswith("usage: ")
+        assert result.returncode == 2 and ": no such usage: " in result.stderr
     assert run_script(ZONE, "avahi", "h", "f", "local", "more", base=tmp_path).returncode == 2
     assert run_script(ZONE, "--help", base=tmp_path).stdout.startswith("usage: ")
 

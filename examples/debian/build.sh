@@ -4,7 +4,12 @@
 # of another version: README's instances_*_all.deb is one file.
 set -eu
 
-[ $# -eq 0 ] || { echo "usage: build.sh" >&2; exit 2; }
+case "$*" in
+'') ;;
+-h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
+--version) echo "build.sh: 4.0"; exit ;;
+*) echo "build.sh: error: $*: no such usage: see --help" >&2; exit 2 ;;
+esac
 top=$(cd "$(dirname "$0")/../.." && pwd)
 here=$PWD
 umask 022
@@ -22,7 +27,7 @@ cp examples/systemd/instances.service examples/systemd/instances.timer debian/
 # Where a package's programs are, and its Python
 sed -i 's|/usr/local/sbin/instances|/usr/sbin/instances|' debian/instances.service examples/dnsmasq/br0.conf
 sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py instances-process.py \
-    examples/systemd/instances-apply examples/systemd/instances-edit
+    examples/systemd/instances-apply examples/systemd/instances-edit examples/show/instances-[sfc]*
 
 # Links to what the package does not have, in the pages that it has
 sed -i 's,\[\([^]]*\)\](\(\.\./\)*\(tests\|LICENSE\|examples/debian\|debian\)[^)]*),\1,g' README.md examples/README.md examples/*/README.md

@@ -207,8 +207,9 @@ def main(arguments):
     if arguments in (["--take"], ["--give"]):
         return Registry().decide(arguments == ["--take"])
     if arguments or not writer:
-        print(USAGE, file=sys.stderr)
-        return 2
+        wrong = arguments not in (["-h"], ["--help"])
+        files.say(f"error: {' '.join(arguments) or 'no INSTANCES_WRITER'}: see --help") if wrong else print(USAGE)
+        return 2 if wrong else 0
     registry = Registry()
     if writer == registry.name and not os.path.exists(registry.path):  # new, or lost: etcd is asked before dnsmasq
         registry.refuse("etcd is asked for it first")

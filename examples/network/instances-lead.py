@@ -204,8 +204,9 @@ class Host:
 def main(arguments):
     """Lead and follow; return the exit status of wrong usage."""
     if arguments:
-        print(USAGE, file=sys.stderr)
-        return 2
+        wrong = arguments not in (["-h"], ["--help"])
+        files.say(f"error: {' '.join(arguments) or 'nothing'}: no such usage: see --help") if wrong else print(USAGE)
+        return 2 if wrong else 0
     host = Host()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     run("nft", "-f", "-", input=GATE)

@@ -201,14 +201,14 @@ def make_file(kind, hosts, path, *words):
 def main(arguments):
     """Do what the arguments say; return the exit status."""
     match arguments:
-        case ["-h" | "--help"]:
-            print(USAGE)
+        case ["-h" | "--help" | "--version" as word]:
+            print("instances-zone.py: 4.0" if word == "--version" else USAGE)
         case ["zone" | "tinydns", _, _, word, _, *rest] if rest or "/" not in word:
             make_file(*arguments)
         case ["avahi", _, _, "local"]:
             make_file(*arguments)
         case _:
-            print(USAGE, file=sys.stderr)
+            say(f"error: {' '.join(arguments) or 'nothing'}: no such usage: see --help")
             return 2
     return 0
 

@@ -1,0 +1,311 @@
+"""instances-show, instances-check and instances-facts, on a guarded host with a real dnsmasq and real guests."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import PROGRAMS, need
+from lab import APPLY, EXAMPLES, HOST_MAC, TOP, Host, make_etc, mounted, run, wait_for
+from test_incus import INCUS, answer, instance
+from test_libvirt import FILTERED, INTERFACE, UUID, domain
+
+pytestmark = pytest.mark.slow
+
+SHOW = EXAMPLES / "show"
+WEB, DB, STRANGER = (f"10:66:6a:4c:a1:{number}" for number in (11, 12, 77))
+
+
+class Shown(Host):
+    """A guarded host, whose settings are in a /etc of its own, with the guests web and db."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.etc, self.bin = make_etc(folder / "etc"), folder / "bin"
+        for place in (self.etc / "default", self.etc / "libvirt" / "hooks", self.bin, folder / "run"):
+            place.mkdir(parents=True)
+        programs = (self.bin, TOP, APPLY.parent, SHOW, EXAMPLES / "incus")
+        self.path = ":".join(map(str, [*programs, "/usr/sbin", "/usr/bin", "/sbin", "/bin"]))
+        self.start_guarded()
+        self.settings, self.rules = self.etc / "default" / "instances", folder / "rules" / "bridge.nft"
+        self.config, self.lla = folder / "br0.conf", "fe80::1266:6aff:fe4c:a1fe"
+        self.web, self.db = self.client("web", WEB), self.client("db", DB)
+        for client in (self.web, self.db):
+            client.dhcp4(client.label)
+        wait_for(lambda: self.web.resolve("db.instance.internal", "A"), "names")
+
+    def write_settings(self, **variables):
+        """Write the settings to where instances-apply finds them by itself."""
+        file = super().write_settings(PATH=self.path, **variables)
+        shutil.copy(file, self.etc / "default" / "instances")
+        return file
+
+    def applying(self):
+        return self.on_host(str(APPLY))
+
+    def on_host(self, *command):
+        """Return the command for a host with these settings, the programs on the PATH."""
+        places = {"/run": self.folder / "run", "/etc": self.etc}
+        return [*mounted(places), "env", f"PATH={self.path}", *command]
+
+    def show(self, *arguments):
+        """Return what instances-show prints, its errors too, and its exit status."""
+        result = self.run(*self.on_host("instances-show", *arguments), check=False)
+        assert "Traceback" not in result.stderr
+        return result.stdout + result.stderr, result.returncode
+
+    def faults(self):
+        """Return what --check says; its exit status says whether there is a fault."""
+        lines, status = self.show("--check")
+        assert (status, lines == "nothing is wrong\n") in ((0, True), (1, False))
+        return lines if status else ""
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    need(*PROGRAMS, "bridge")
+    host = Shown(tmp_path_factory.mktemp("shown"))
+    yield host
+    host.close()
+
+
+def arp(client, address):
+    """Have a guest claim an address, in its own MAC address's name."""
+    sender, target = (bytes.fromhex(mac.replace(":", "")) for mac in (client.mac, "ff:ff:ff:ff:ff:ff"))
+    claim = bytes(map(int, address.split(".")))
+    client.send(target + sender + bytes.fromhex("08060001080006040002") + (sender + claim) * 2)
+
+
+def test_table_has_a_line_for_each_instance(shown):
+    text, status = shown.show()
+    heads, *lines = text.splitlines()
+    assert status == 0 and heads.startswith("NAME  MAC ADDRESS ")
+    assert [line.split()[0] for line in lines[:3]] == ["db", "host", "web"]
+    address, port = shown.web.addresses("10.")[0], shown.web.port
+    assert re.fullmatch(rf"web +{WEB} +{port} +in 11 h +(\d+ +)?{address}.*", lines[2])
+    assert f"{HOST_MAC}  br0 " in lines[1] and lines[1].endswith("10.83.0.1 2001:67c:83::1 fd83:5eed::1")
+
+
+def test_instance_is_found_by_whatever_one_has_of_it(shown):
+    shown.update("--allow", "web", "10.83.0.50", "10.99.0.0/24")
+    for text in ("WEB", WEB.upper(), shown.web.addresses("10.")[0], "10.99.0.7", shown.web.addresses("fe80")[0]):
+        said, status = shown.show(text)
+        assert status == 0 and said.startswith(f"web: {WEB} in ") and said.count(" in /") == 1, text
+    assert "  may also send from: 10.99.0.0/24\n" in said and f"  port: {shown.web.port}, seen " in said
+    said, status = shown.show("nobody")
+    assert (said, status) == ("instances-show: nobody: nobody has it, and nothing was dropped of it\n", 1)
+
+
+def test_address_that_a_guest_made_itself_is_found(shown):
+    shown.db.run("ip", "address", "add", "fe80::db/64", "dev", "eth0", "nodad")
+    shown.db.run("ping", "-c", "1", "-I", "fe80::db%eth0", f"{shown.lla}%eth0")
+    said = wait_for(lambda: (text := shown.show("fe80::db"))[1] == 0 and text[0], "a claim")
+    assert said.startswith(f"db: {DB} ") and "  uses by itself: fe80::db\n" in said
+
+
+def test_guest_that_claims_another_address_is_told_how_it_gets_it(shown):
+    """The remedy is followed: the address is db's, and then web's."""
+    address = shown.db.addresses("10.")[0]
+    arp(shown.web, address)
+    said = wait_for(lambda: (text := shown.show("web")[0]).count("ARP address") and text, "a drop")
+    assert "  dropped: 1 frames (ARP address): ARP with an address of another" in said
+    remedy = re.search("'(DNSMASQ_MAC=.*?)'", said)[1].replace("ADDRESS", "10.83.0.200").split()
+    shown.update(*remedy[2:], DNSMASQ_MAC=remedy[0].partition("=")[2])
+    assert shown.show("10.83.0.200")[0].startswith(f"web: {WEB}")
+    shown.update("add", WEB, shown.web.addresses("10.")[0])
+
+
+def test_sender_that_is_not_registered_is_shown_and_how_to_register_it(shown):
+    """So is a guest that has another MAC address than before."""
+    arp(stranger := shown.client("stranger", STRANGER), "10.83.0.60")
+    said = wait_for(lambda: (text := shown.show(STRANGER))[1] == 0 and text[0], "a drop")
+    assert said.startswith(f"{STRANGER} is not registered in ") and "1 frames (not registered)" in said
+    assert f"(not registered)  {STRANGER}  {stranger.port}" in shown.show()[0]
+    shown.update("add", "10:66:6a:4c:a1:78", "10.83.0.78", "moved")
+    assert f"another MAC address now; dropped and not registered: {STRANGER}" in shown.show("moved")[0]
+    remedy = re.search("'(DNSMASQ_MAC=.*?)'", said)[1].replace("ADDRESS NAME", "10.83.0.60 known").split()
+    shown.update(*remedy[2:])
+    assert shown.show("10.83.0.60")[0].startswith(f"known: {STRANGER} in ")
+
+
+def test_guest_that_asks_too_often_is_told(shown):
+    client = shown.db.start("udhcpc", "-f", "-i", "eth0", "-s", "/bin/true", "-T", "0", "-t", "30", "-n")
+    wait_for(lambda: "(DHCP too often): more DHCP requests than 10 a minute" in shown.show("db")[0], "a drop")
+    shown.db.stop(client)
+
+
+def test_what_a_terminal_is_too_narrow_for_is_put_beneath(shown):
+    need("script")
+    command = " ".join(f"'{word}'" for word in shown.on_host("instances-show"))
+    for columns in (60, 80, 200):
+        text = shown.run("script", "-qec", f"stty cols {columns}; {command}", "/dev/null").stdout
+        lines = re.sub("\x1b\\[[01]m", "", text).splitlines()
+        assert (lines[1] == "    ADDRESSES, AND + WHAT ELSE IS ALLOWED") == (columns < 200)
+        assert columns < 80 or max(map(len, lines)) <= columns
+    assert text.count("\x1b[1mNAME") == 1 and "\x1b" not in shown.show()[0]
+
+
+# ---- --check: each fault is made, and mended ----
+def test_rules_that_somebody_flushed(shown):
+    """What guests can then do is told, too."""
+    assert shown.faults() == ""
+    shown.run("nft", "flush", "ruleset")
+    shown.db.run("ip", "address", "add", "10.83.0.77/24", "dev", "eth0")
+    shown.db.run("ping", "-c", "1", "-I", "10.83.0.77", "10.83.0.1")
+    lines = shown.faults()
+    assert f"{shown.rules}: is not in force as it stands: run 'instances-apply'" in lines
+    assert f"{DB} has 10.83.0.77 on br0, which is not its own" in lines
+    shown.db.run("ip", "address", "delete", "10.83.0.77/24", "dev", "eth0")
+    shown.run("ip", "neighbour", "flush", "dev", "br0")
+    shown.run(*shown.applying())
+    assert shown.faults() == ""
+
+
+def test_rules_for_a_bridge_that_is_not_there(shown):
+    text = shown.rules.read_text()
+    shown.rules.write_text(text.replace('guarded = "br0"', 'guarded = { "br0",\n "br7" }'))
+    shown.run(*shown.applying())
+    assert shown.faults() == f"{shown.rules.parent} guards br7, and there is no such bridge: put yours in its place\n"
+    shown.rules.write_text(text)
+    shown.run(*shown.applying())
+
+
+def test_rule_file_that_can_not_be_loaded(shown):
+    broken = shown.rules.with_name("broken.nft")
+    broken.write_text("table inet broken { }\n")
+    assert f"{broken}: can't be put in force: add 'table inet broken'" in shown.faults()
+    broken.unlink()
+
+
+def test_marker_that_nobody_owns(shown):
+    marker = shown.folder / "instances-br9.updated"
+    marker.touch()
+    assert shown.faults().startswith(f"{marker} is of no registry in /etc/default")
+    marker.unlink()
+
+
+def test_settings_that_programs_read_differently(shown):
+    text = shown.settings.read_text()
+    for line, why in (
+        ("INSTANCES_GUARD=observe # later", "is not NAME=value"),
+        (text.splitlines()[-1], "is there twice"),
+    ):
+        shown.settings.write_text(f"{text}{line}\n")
+        assert shown.faults().startswith(f"/etc/default/instances: line {text.count(chr(10)) + 1} {why}")
+    shown.settings.write_text(text)
+
+
+def test_registry_that_is_broken(shown):
+    registry = shown.folder / "instances.json"
+    text = registry.read_text()
+    registry.write_text("[]")
+    assert shown.faults().startswith(f"{registry}: mend it or move it away")
+    assert shown.show()[1] == 1
+    registry.write_text(text)
+
+
+def test_lease_that_is_not_registered(shown):
+    address = shown.web.addresses("10.")[0]
+    shown.update("--remove", "web")
+    assert f"the lease of {address} is not registered" in shown.faults()
+    shown.update("add", WEB, address, "web")
+
+
+def test_prefix_in_which_guests_make_addresses_for_themselves(shown):
+    """Where dnsmasq tells them not to, nothing is wrong; nor where the settings have it."""
+    shown.run("ip", "address", "add", "2001:67c:99::1/64", "dev", "br0", "nodad")
+    text, settings = shown.config.read_text(), shown.settings.read_text()
+    fault = "br0 has 2001:67c:99::/64, "
+    assert fault not in shown.faults()
+    shown.stop_dnsmasq()
+    shown.config.write_text(f"{text}dhcp-range=2001:67c:99::,ra-only\n")
+    shown.start_dnsmasq(config=shown.config)
+    assert fault in shown.faults()
+    shown.settings.write_text(f"{settings}INSTANCES_SLAAC=2001:67c:99::/64\n")
+    assert fault not in shown.faults()
+    shown.settings.write_text(settings)
+    shown.run("ip", "address", "delete", "2001:67c:99::1/64", "dev", "br0")
+    shown.stop_dnsmasq()
+    shown.config.write_text(text)
+    shown.start_dnsmasq(config=shown.config)
+
+
+def test_dnsmasq_that_has_no_names_or_does_not_tell_of_leases_or_is_stopped(shown):
+    text = shown.config.read_text()
+    shown.stop_dnsmasq()
+    assert "10.83.0.1 does not answer for names" in shown.faults()
+    shown.config.write_text(re.sub("^(dhcp-script|hostsdir)=.*\n", "", text, flags=re.MULTILINE))
+    shown.start_dnsmasq(config=shown.config)
+    lines = shown.faults()
+    assert "the dnsmasq that serves br0 tells the registry of no lease" in lines
+    assert re.search("10.83.0.1 does not give the addresses of db, .*web", lines)
+    shown.stop_dnsmasq()
+    shown.config.write_text(text)
+    shown.start_dnsmasq(config=shown.config)
+
+
+def test_guests_that_can_take_another_mac_address(shown):
+    """By what Incus and libvirt say of them: of each one guest with a filter, and one without."""
+    registry = shown.folder / "instances.json"
+    text = registry.read_text()
+    marks = {WEB: {"incus": "default/web"}, DB: {"libvirt": UUID}}
+    registry.write_text(json.dumps({mac: i | marks.get(mac, {}) for mac, i in json.loads(text).items()}, indent=2))
+    filtered, bare = instance("box", "10:66:6a:00:00:05"), instance("web", WEB, **{"security.mac_filtering": "false"})
+    interfaces = INTERFACE.format(DB, "br0", ""), INTERFACE.format(STRANGER, "br0", FILTERED)
+    xml = domain("db", *interfaces).replace("<domain>", "<domain type='kvm'>").replace("</domain>", "\n</domain>")
+    virsh = f"#!/bin/sh\ncase $1 in list) echo {UUID} ;; *) cat {shown.bin}/xml ;; esac\n"
+    for name, program in (("incus", INCUS), ("virsh", virsh)):
+        (shown.bin / name).write_text(program)
+        (shown.bin / name).chmod(0o755)
+    for name, content in (("list", answer([filtered, bare])), ("one", answer({})), ("asked", ""), ("xml", xml)):
+        (shown.bin / name).write_text(content)
+    shutil.copy(EXAMPLES / "libvirt" / "qemu", shown.etc / "libvirt" / "hooks" / "qemu")
+    lines = shown.faults()
+    assert f"{WEB} web: without security.mac_filtering it can be anybody" in lines
+    assert lines.count("can be anybody") == 2 and f"{DB} db: without libvirt's filter" in lines
+    registry.write_text(text)
+
+
+# ---- What others wrote, and what programs read ----
+def test_only_printable_text_is_shown_of_what_others_wrote(shown, tmp_path):
+    """Of a registry edited by hand, and of dnsmasq's leases; in each form."""
+    bad = '\x1b]0;x\x07\x9b31m\u202e\n\x7f"'
+    instances = {
+        WEB: {"name": bad, "ipv4": bad, "ipv6_gua": ["x"], "allowed": [bad, 7], "incus": bad},
+        bad: {"name": {}},
+    }
+    registry = tmp_path / "instances.json"
+    registry.write_text(json.dumps(instances | {DB: {"name": "db", "allowed": "no list", "ipv4": None}}))
+    leases = shown.folder / "dnsmasq.br0.leases"
+    text = leases.read_bytes()
+    leases.write_bytes(
+        text + f"9999999999 {DB} {bad.strip()} {bad} *\n0 {DB} 10.83.0.9 x *\n\xff 1 2\n".encode("latin-1", "replace")
+    )
+    for arguments in ((), (WEB,), ("db",), ("10.83.0.9",), ("--json",), ("--metrics",)):
+        command = shown.on_host("env", f"INSTANCES_BASE_PATH={tmp_path}/instances", "instances-show", *arguments)
+        result = shown.run(*command)
+        assert result.stderr == "" and result.stdout.replace("\n", "").isprintable() and result.stdout.isascii()
+    leases.write_bytes(text)
+    assert run("promtool", "check", "metrics", input=result.stdout).stdout == "" if shutil.which("promtool") else True
+
+
+def test_metrics_are_numbers_of_what_is_there(shown):
+    arp(shown.web, "10.83.0.1")
+    wait_for(lambda: "ARP address" in shown.show("web")[0], "a drop")
+    text = shown.show("--metrics")[0]
+    rows = json.loads(shown.show("--json")[0])
+    registry = f'registry="{shown.base}"'
+    dropped = sum(sum(row["dropped"].values()) for row in rows)
+    assert f"instances_registered{{{registry}}} {sum(row['registered'] for row in rows)}\n" in text
+    counts = re.findall(r"^instances_dropped_frames_total{.*} (\d+)$", text, re.MULTILINE)
+    assert sum(map(int, counts)) == dropped > 0
+    shown.update("--allow", "web", "10.83.0.51")
+
+    def in_force():
+        found = re.findall(r"^instances_\w+_timestamp_seconds{.*} (.*)$", shown.show("--metrics")[0], re.MULTILINE)
+        return 0 < float(found[0]) <= float(found[1])
+
+    wait_for(in_force, "rules newer than the registry")
+    if shutil.which("promtool"):
+        assert run("promtool", "check", "metrics", input=text).stderr == ""
+        run("promtool", "check", "rules", SHOW / "instances.rules.yml")
