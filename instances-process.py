@@ -102,6 +102,11 @@ set instances_leased {
     typeof @th,192,32 . @th,288,24 . @th,312,24
     size 65536; flags dynamic,timeout; timeout 5m
 }
+# Who has asked for an IPv6 lease lately, which the registry may not have yet
+set instances_joining {
+    type ether_addr
+    size 65536; flags dynamic,timeout; timeout 5m
+}
 # How often each MAC address has asked for leases of each IP version, and of IPv6 how many octets: one message may ask
 # for many leases.
 set instances_asked {
@@ -148,6 +153,7 @@ chain instances_ask {
     jump instances_drop_dhcp
     update @instances_asked { ether saddr . udp dport limit rate over 10/minute burst 10 packets } \\
         goto instances_reason_dhcp_too_often
+    udp dport 547 update @instances_joining { ether saddr }
     udp dport 547 update @instances_asked6 { ether saddr limit rate over 400 bytes/minute burst 1200 bytes } \\
         goto instances_reason_dhcp_too_often
     # From any address: a lease that is not registered is renewed, too, and the server then tells the registry.
@@ -225,8 +231,8 @@ chain instances_drop_ndp {
     @th,64,128 . ether saddr @instances_ip6 return
     @th,64,64 @instances_prefixes goto instances_claim_target
     @th,64,128 @instances_taken6 goto instances_reason_ndp_target
-    # A client detects duplicates of an address that it was leased a moment ago: this is not held against it.
-    ip6 saddr :: goto instances_verdict
+    # Who has asked for a lease may have one that is not registered yet: this is not held against it.
+    ether saddr @instances_joining goto instances_verdict
     goto instances_reason_not_registered
 }
 # Use: ether type ip jump instances_drop_ip
@@ -279,11 +285,12 @@ chain instances_drop_self_made {
     goto instances_drop_stranger
 }
 # Of who is not registered, the reason is the worst that it does. What systems send to all while they start, such as
-# multicast DNS, is not held against them.
+# multicast DNS, is not held against them, nor the use of a lease that is not registered yet.
 chain instances_drop_stranger {
     jump instances_drop_query
     jump instances_drop_rogue
     meta l4proto 17 ip6 daddr ff00::/8 goto instances_verdict
+    meta protocol ip6 ether saddr @instances_joining goto instances_verdict
     goto instances_reason_not_registered
 }
 # A guest's own address is made from its MAC address, or was claimed by it: its use renews the claim. What is registered

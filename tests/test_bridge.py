@@ -19,7 +19,7 @@ from lab import Client, Host, wait_for
 
 pytestmark = pytest.mark.slow
 FAR = "2001:67c:99::1"  # an address beyond the router
-LEARNED = ("dropped", "asked", "asked6", "leased", "claims", "claimed", "claiming")
+LEARNED = ("dropped", "asked", "asked6", "joining", "leased", "claims", "claimed", "claiming")
 
 
 class Bridge:

@@ -221,7 +221,7 @@ def test_reply_in_ipv4_that_nftables_cannot_parse_gives_no_lease(bridge):
             leases = client.folder / "leases4"
             return leases.exists() and f"fixed-address {address};" in leases.read_text()
 
-        rule = "ether type { ip, ip6 } goto"
+        rule = "meta protocol { ip, ip6 } goto"
         before = host.dropped(attacker.mac, "malformed")
         answer()
         wait_for(lambda: host.dropped(attacker.mac, "malformed") >= before + 2, "drops")
