@@ -16,7 +16,7 @@ if [ "${1-}" != inside ]; then
 fi
 
 installing=$(block README.md 'install -m 755' |
-    grep -v -e bridge.nft -e br0.conf -e 'br0 host' -e 'restart dnsmasq')
+    grep -v -e bridge.nft -e dnsmasq/br0.conf -e 'br0 host' -e 'restart dnsmasq')
 
 step "a root"
 make_root
