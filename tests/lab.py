@@ -39,6 +39,30 @@ def has_ibrname() -> bool:
     return subprocess.run(["unshare", "--net", "nft", rule], capture_output=True).returncode == 0
 
 
+# Waits until the process of this number is over, however it ended, and takes away the namespaces that it has left.
+KEEPER = """\
+trap '' INT TERM HUP
+cat
+for namespace in $(ip netns | grep -o "^inst$0-[^ ]*"); do
+    for _ in 1 2 3; do ip netns pids "$namespace" | xargs -r kill -KILL; done
+    ip netns delete "$namespace"
+done
+"""
+
+
+@functools.cache
+def keep_order() -> subprocess.Popen:
+    """Have somebody clear up where this process can't, since it was killed: a pipe tells of its end."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = ["sh", "-c", KEEPER, str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+
+
+def bound(*command) -> list[str]:
+    """Return a command, of some length, that is to end in order when the process that started it has ended."""
+    return ["setpriv", "--pdeathsig", "TERM", *map(str, command)]
+
+
 # What both DHCP clients run, each with variables of its own, to take an address and to tell that it did.
 CLIENT_SCRIPT = """\
 #!/bin/sh
@@ -139,6 +163,7 @@ class Namespace:
     """A network namespace and the processes started in it."""
 
     def __init__(self, label: str):
+        keep_order()
         self.name = f"inst{os.getpid()}-{next(_numbers)}-{label}"
         self.processes: list[subprocess.Popen] = []
         subprocess.run(["ip", "netns", "add", self.name], check=True)
