@@ -91,7 +91,7 @@ class Guarded:
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
         host, marker = self.host, Path(f"{self.host.base}.updated")
-        host.stop_dnsmasq()
+        host.stop_dnsmasq(at_once=True)
         with open(f"{marker}.service", "a") as service:
             fcntl.flock(service, fcntl.LOCK_EX)  # its own lock: it does nothing meanwhile
             self.expected = leases or self.was

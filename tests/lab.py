@@ -135,7 +135,7 @@ def block(page: str, words: str) -> str:
 def process_file(pid: str | int, name: str) -> str:
     """Return what /proc has in a file of a process, "" where the process is gone."""
     try:
-        return Path(f"/proc/{pid}/{name}").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
@@ -173,7 +173,7 @@ class Namespace:
     def command(self, *arguments) -> list[str]:
         """Return the command that runs these arguments in the namespace."""
         # The usual way gives each command a /sys of its own, for which all others wait where many run
-        lean = arguments[0] in ("ip", "nft", "ping")
+        lean = arguments[:1] in (("ip",), ("nft",), ("ping",))
         entering = ["nsenter", f"--net=/run/netns/{self.name}"] if lean else ["ip", "netns", "exec", self.name]
         return [*entering, *map(str, arguments)]
 
@@ -349,14 +349,19 @@ class Host(Namespace):
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
 
-    def stop_dnsmasq(self) -> None:
-        """End dnsmasq, if it runs, and wait for the end of its helper, which runs the script."""
+    def stop_dnsmasq(self, at_once: bool = False) -> None:
+        """End dnsmasq, if it runs, and wait for the end of its helper, which runs the script: for all that there was to
+        tell, or, at once, no longer than for the lease that it tells now."""
         if self.dnsmasq in self.processes:
-            self.stop(self.dnsmasq)
+            self.stop(self.dnsmasq, signal.SIGKILL if at_once else signal.SIGTERM)
 
         def running():
             pids = self.run("ip", "netns", "pids", self.name).stdout.split()
-            return any(process_file(pid, "comm") == "dnsmasq\n" for pid in pids)
+            helpers = [pid for pid in pids if process_file(pid, "comm") == "dnsmasq\n"]
+            for pid in helpers if at_once else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            return helpers or any("DNSMASQ_INTERFACE=" in process_file(pid, "environ") for pid in pids)
 
         wait_for(lambda: not running(), "the end of dnsmasq")
 
