@@ -101,10 +101,11 @@ for line in sys.stdin:
 
 def wait_for(condition, what: str, seconds: float = 30):
     """Return the condition's first true value; AssertionError when the deadline has passed without one."""
-    deadline = time.monotonic() + seconds * PATIENCE
+    start = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
-        time.sleep(0.05)
+        waited = time.monotonic() - start
+        assert waited < seconds * PATIENCE, f"waited {seconds} s in vain: {what}"
+        time.sleep(min(0.02 + waited / 5, 0.2))  # many wait beside each other, and to look costs more than to sleep
     return value
 
 

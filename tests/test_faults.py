@@ -48,6 +48,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
+FINISHED = set()  # what runs have left, with which later runs were tried
+
+
+def finish(folder: Path, *steps) -> None:
+    """Check that later runs, each with its exit statuses, lead to these contents: (run, statuses, contents)."""
+    left = (steps[0][0], frozenset(contents(folder).items()))
+    if left not in FINISHED:  # many faults leave the same
+        for run, statuses, expected in steps:
+            assert script(folder, *run).returncode in statuses
+            assert contents(folder) == expected
+        FINISHED.add(left)
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     """Folders: before a change (outputs up to date), after it (a marker), and after the processor's run."""
@@ -103,10 +116,8 @@ def check_update(stages, folder: Path) -> bool:
     assert (folder / name).read_bytes() in (old, new)
     was_old = (folder / name).read_bytes() == old
     assert was_old or (folder / "instances.updated").exists()
-    assert script(folder, *UPDATE_RUN).returncode == 0
-    assert contents(folder) == contents(stages["changed"])
-    assert script(folder, PROCESS).returncode == 0
-    assert contents(folder) == contents(stages["done"])
+    last = (PROCESS_RUN, (0,), contents(stages["done"]))
+    finish(folder, (UPDATE_RUN, (0,), contents(stages["changed"])), last)
     return was_old
 
 
@@ -118,8 +129,7 @@ def check_process(stages, folder: Path) -> None:
     assert all(now[name] in (old[name], new[name]) for name in OUTPUTS)
     up_to_date = all(now[name] == new[name] for name in OUTPUTS)
     assert up_to_date or "instances.updated" in now
-    assert script(folder, PROCESS).returncode in ((0, 10) if up_to_date else (0,))
-    assert contents(folder) == new
+    finish(folder, (PROCESS_RUN, (0, 10) if up_to_date else (0,), new))
 
 
 def check_killed(check):
