@@ -1,4 +1,4 @@
-"""The example incus with an Incus that says what it should not; tests/incus.sh runs it with a real one."""
+"""The example incus with an Incus that says what it should not; machines/incus.sh runs it with a real one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The example libvirt, with what libvirt says to its hook; tests/incus.sh runs it with a real one."""
+"""The example libvirt, with what libvirt says to its hook; machines/incus.sh runs it with a real one."""
 
 import json
 import sys

@@ -35,7 +35,7 @@ def fenced(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_block_is_run_or_has_a_reason_why_not(page):
-    sources = [TOP / ".ci" / "run", *(TOP / "tests").glob("*.sh"), *(TOP / "tests").glob("*.py")]
+    sources = [TOP / ".ci" / "run", *(TOP / "tests").glob("**/*.sh"), *(TOP / "tests").glob("**/*.py")]
     calls = [words for path in sources for called, words in CALL.findall(path.read_text()) if called == page]
     calls = {words.replace("\\n", "\n") for words in calls}
     reasons = NOT_RUN.get(page, {})

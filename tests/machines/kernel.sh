@@ -9,7 +9,7 @@
 # shellcheck disable=SC2154 # variables of root.sh
 set -eu
 
-# shellcheck source=tests/root.sh
+# shellcheck source=tests/machines/root.sh
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
@@ -32,14 +32,10 @@ END
 mkdir -p "$root/etc/initramfs-tools/conf.d" "$root/usr/share/initramfs-tools/modules.d"
 echo MODULES=list >"$root/etc/initramfs-tools/conf.d/instances"
 printf '%s\n' virtio_pci virtio_blk ext4 >"$root/usr/share/initramfs-tools/modules.d/instances"
-mount -t proc proc "$root/proc"
-chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
-    apt-get update
-    apt-get install -y --no-install-recommends linux-image-amd64 python3 python3-filelock python3-hypothesis python3-pytest \
+in_root "install linux-image-amd64 python3 python3-filelock python3-hypothesis python3-pytest \
         python3-pytest-timeout python3-pytest-xdist python3-scapy dnsmasq-base nftables iproute2 iputils-ping udhcpc \
         isc-dhcp-client bind9-dnsutils procps strace ifupdown
-    apt-get clean" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
-umount "$root/proc"
+    apt-get clean"
 
 # The machine's first process. Its second serial port is a file here, whose last line is how the tests ended.
 cat >"$root/sbin/tests" <<'END'

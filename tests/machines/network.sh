@@ -7,7 +7,7 @@
 # shellcheck disable=SC2016 # commands for the machines
 set -eu
 
-# shellcheck source=tests/root.sh
+# shellcheck source=tests/machines/root.sh
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then

@@ -7,7 +7,7 @@
 # shellcheck disable=SC2016,SC2317 # apt's own variables, and a trap
 set -eu
 
-# shellcheck source=tests/root.sh
+# shellcheck source=tests/machines/root.sh
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
@@ -120,7 +120,7 @@ has "^# $version~1" etc/default/instances
 not grep '^  ' "$folder/log" || fail "the next steps are printed again"
 
 step "configured by the printed next steps: a lease is registered, has a name and a guard"
-sed -i 's/ --now//' "$folder/steps" # systemd is not at work here: tests/boot.sh looks at that
+sed -i 's/ --now//' "$folder/steps" # systemd is not at work here: boot.sh looks at that
 [ "$release" != here ] || sed -i '/^apt-get/d' "$folder/steps"
 must sh -euc "$(cat "$folder/steps")"
 [ "$(find "$root/etc/systemd/system" -name 'instances.*' | wc -l)" -eq 4 ] || fail "the units are not enabled"

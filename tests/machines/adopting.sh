@@ -7,7 +7,7 @@
 # shellcheck disable=SC2016,SC2119 # commands for the machine, and boot without options
 set -eu
 
-# shellcheck source=tests/root.sh
+# shellcheck source=tests/machines/root.sh
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
@@ -15,18 +15,9 @@ if [ "${1-}" != inside ]; then
 fi
 
 step "a root"
-make_root
-add_project
-fit_kernel
-mount -t proc proc "$root/proc"
-chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
-    apt-get update
-    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 iputils-ping dhcpcd-base bind9-dnsutils \
+make_machine "install systemd-sysv dbus ifupdown iproute2 iputils-ping dhcpcd-base bind9-dnsutils \
         dnsmasq unbound dns-root-data systemd-resolved python3 python3-filelock nftables procps
-    echo 'Acquire::Retries 0;' >/etc/apt/apt.conf.d/99offline
-    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
-umount "$root/proc"
-rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
+    echo 'Acquire::Retries 0;' >/etc/apt/apt.conf.d/99offline"
 add_bridge
 sed -i 's,fd83:5eed::1/80,fd83:5eed::1/64,' "$root/etc/network/interfaces" # that there is no SLAAC on a /64 shows, too
 systemctl --quiet --root="$root" enable networking.service
@@ -110,26 +101,9 @@ END
 enter_group
 boot
 
-# failed WHAT: with what was printed, and what the machine's services have said
-failed() {
-    cat "$folder/output" "$folder/log" >&2
-    run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u unbound >&2 || true
-    fail "$1"
-}
-# until_true SECONDS WHAT COMMAND...: a command inside, until it succeeds
-until_true() {
-    seconds=$1 what=$2
-    shift 2
-    end=$(($(date +%s) + seconds))
-    until run "$@" >"$folder/output" 2>"$folder/log"; do
-        [ "$(date +%s)" -lt "$end" ] || failed "$what: not within $seconds s"
-        sleep 0.2
-    done
-}
 # follow PAGE WORDS: run the block that has these words, with the lease file of this dnsmasq
 follow() {
-    commands=$(block "$@" | sed 's,/var/lib/misc/dnsmasq\.leases,/var/lib/misc/lan.leases,')
-    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $2"
+    lines "the block that has: $2" "$(block "$@" | sed 's,/var/lib/misc/dnsmasq\.leases,/var/lib/misc/lan.leases,')"
 }
 # state: what is on the disk, and in force
 state() {

@@ -4,7 +4,7 @@
 # namespaces of its own for mounts and processes. They go, and the folder, also when it fails or is interrupted.
 # DEBIAN_ROOTS: a folder to take RELEASE.tar from, a minimal root, and to put it into where it is not there.
 
-top=$(cd "$(dirname "$0")/.." && pwd)
+top=$(cd "$(dirname "$0")/../.." && pwd)
 export PATH="$PATH:/usr/sbin:/sbin"
 say() { echo "${0##*/}: $*" >&2; }
 fail() { say "FAILED: $*"; exit 1; }
@@ -46,7 +46,7 @@ for_each() {
     trap 'exit 130' INT TERM HUP
     for release in "$@"; do
         folder=$(mktemp -d /var/tmp/instances.XXXXXX)
-        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+        setpriv --pdeathsig KILL unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
             "$0" inside "$release" "$folder" </dev/null &
         inside=$!
         wait "$inside" || status=$?
@@ -74,6 +74,7 @@ step() { say "$release, $(($(date +%s) - started)) s: $*"; }
 make_root() {
     tar=${DEBIAN_ROOTS:+$DEBIAN_ROOTS/$release.tar}
     mkdir "$root"
+    [ -z "$tar" ] || { exec 9>"$tar.lock"; flock 9; } # one makes it, for all that want it at once
     if [ -n "$tar" ] && [ -e "$tar" ]; then
         tar -xf "$tar" -C "$root"
     else
@@ -84,11 +85,31 @@ make_root() {
             { tail -n 5 "$folder/log" >&2; cannot "debootstrap failed"; }
         [ -z "$tar" ] || { tar -cf "$tar.new" -C "$root" . && mv "$tar.new" "$tar"; }
     fi
+    exec 9>&-
     cp -L /etc/resolv.conf "$root/etc/resolv.conf"
     apt-config dump Acquire >"$root/etc/apt/apt.conf.d/90acquire"
     echo force-unsafe-io >"$root/etc/dpkg/dpkg.cfg.d/fast"
     printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
     chmod 755 "$root/usr/sbin/policy-rc.d"
+}
+# in_root COMMANDS: in the root, where apt is up to date, and install PACKAGE... leaves out what is recommended
+in_root() {
+    mount -t proc proc "$root/proc"
+    chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
+        install() { apt-get install -y --no-install-recommends \"\$@\"; }
+        rm -f /etc/apt/apt.conf.d/docker-clean
+        apt-get update
+        $1" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
+    umount "$root/proc"
+}
+# make_machine COMMANDS: a root that boots, with this project and what these commands install
+make_machine() {
+    make_root
+    add_project
+    fit_kernel
+    in_root "$1
+        systemd-machine-id-setup"
+    rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
 }
 # add_bridge: with Debian's ifupdown, br0 as br0.conf and README have it
 add_bridge() {
@@ -127,6 +148,24 @@ run() {
     nsenter --target "$leader" --all -- env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
         HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive "$@"
 }
+# failed WHAT: with what was printed last, and what its services have said
+failed() {
+    cat "$folder/output" "$folder/log" >&2
+    run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u '*resolve*' -u unbound -u NetworkManager >&2 || true
+    fail "$1"
+}
+# until_true SECONDS WHAT COMMAND...: a command in the machine, until it succeeds
+until_true() {
+    seconds=$1 what=$2
+    shift 2
+    end=$(($(date +%s) + seconds))
+    until run "$@" >"$folder/output" 2>"$folder/log"; do
+        [ "$(date +%s)" -lt "$end" ] || failed "$what: not within $seconds s"
+        sleep 0.2
+    done
+}
+# lines WHAT COMMANDS: commands in the machine, in this project's folder
+lines() { run sh -euc "cd /root/instances; $2" >"$folder/output" 2>"$folder/log" || failed "$1"; }
 # boot [OPTION...]: boots $root, with these options of systemd-nspawn; its process is $nspawn
 boot() {
     systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off \

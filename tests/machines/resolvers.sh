@@ -8,7 +8,7 @@
 # shellcheck disable=SC2016,SC2119 # commands for the machine, and boot without options
 set -eu
 
-# shellcheck source=tests/root.sh
+# shellcheck source=tests/machines/root.sh
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
@@ -16,24 +16,14 @@ if [ "${1-}" != inside ]; then
 fi
 
 step "a root"
-make_root
-add_project
-fit_kernel
 installing=$(block README.md 'install -m 755')
-mount -t proc proc "$root/proc"
-chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
-    rm -f /etc/apt/apt.conf.d/docker-clean
-    apt-get update
-    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown udhcpc bind9 bind9-utils bind9-dnsutils openssl \
-        ca-certificates systemd-resolved network-manager iproute2
-    apt-get install -y --no-install-recommends --download-only libnss-resolve
+make_machine "install systemd-sysv dbus ifupdown udhcpc bind9 bind9-utils bind9-dnsutils openssl ca-certificates \
+        systemd-resolved network-manager iproute2
+    install --download-only libnss-resolve
     $(printf '%s\n' "$installing" | grep -o 'apt-get install [^&]*' | sed 's/install/install --download-only/')
     openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=dns.example -addext 'subjectAltName=DNS:dns.example,IP:192.0.2.53' \
         -keyout /root/key.pem -out /usr/local/share/ca-certificates/dns.crt
-    update-ca-certificates
-    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
-umount "$root/proc"
-rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
+    update-ca-certificates"
 echo nameserver 192.0.2.53 >"$root/etc/resolv.conf"
 add_bridge
 systemctl --quiet --root="$root" enable networking.service
@@ -72,25 +62,7 @@ END
 # ---- The machine ----
 enter_group
 boot
-failed() {
-    cat "$folder/output" "$folder/log" >&2
-    run sh -c 'cat /etc/resolv.conf /run/dnsmasq/resolv.conf; resolvectl --no-pager; ss -lunp sport = :53' >&2 || true
-    run journalctl --no-pager -n 40 -u dnsmasq -u systemd-resolved -u instances-resolved -u NetworkManager >&2 || true
-    fail "$1"
-}
-until_true() {
-    seconds=$1 what=$2
-    shift 2
-    end=$(($(date +%s) + seconds))
-    until run "$@" >"$folder/output" 2>"$folder/log"; do
-        [ "$(date +%s)" -lt "$end" ] || failed "$what: not within $seconds s"
-        sleep 0.2
-    done
-}
-follow() {
-    commands=$(block "$@")
-    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $2"
-}
+follow() { lines "the block that has: $2" "$(block "$@")"; }
 domain=instance.internal
 page=$top/examples/adopting/README.md
 # guest_asks: the guest finds a name of ours, and another one
@@ -113,7 +85,7 @@ run sh -euc 'mkdir -p /etc/dnssec-trust-anchors.d
     fail "no trust anchor"
 run touch /run/listened /run/watch
 run sh -c 'while [ -e /run/watch ]; do ss -Hlntup "sport = :53" | awk "/dnsmasq/ { print \$5 }" >>/run/listened; done' &
-run sh -euc "cd /root/instances; $installing" >"$folder/log" 2>&1 || { tail "$folder/log" >&2; fail "Installing"; }
+lines "installing" "$installing"
 run rm /run/watch
 run grep -q 10.83.0.1 /run/listened || fail "dnsmasq was never seen"
 not run grep -vE '^(10\.83\.0\.1|\[(2001:67c:83::1|fd83:5eed::1|fe80::[^]]*)\](%br0)?|\[fe80::[^]]*%br0\]|[^ ]*%br0):53$' /run/listened ||

@@ -8,7 +8,7 @@
 # shellcheck disable=SC2016,SC2119,SC2317 # commands for the machine, boot without options, and a trap
 set -eu
 
-# shellcheck source=tests/root.sh
+# shellcheck source=tests/machines/root.sh
 . "$(dirname "$0")/root.sh"
 
 if [ "${1-}" != inside ]; then
@@ -18,24 +18,14 @@ fi
 guest=10:66:6a:4c:a1:11
 
 step "a root"
-make_root
-add_project
-fit_kernel
 by_hand=$(block README.md 'install -m 755') by_package=$(block README.md 'examples/debian/build.sh')
 undoing=$(block README.md 'dpkg --purge')
 installing=$by_hand
 [ -z "${BOOT_PACKAGE-}" ] || installing=$by_package
 # Its packages wait in apt's cache for the machine, which has no network.
-mount -t proc proc "$root/proc"
-chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
-    rm -f /etc/apt/apt.conf.d/docker-clean
-    apt-get update
-    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown iproute2 udhcpc
+make_machine "install systemd-sysv dbus ifupdown iproute2 udhcpc
     $(printf '%s\n' "$by_hand" "$installing" | grep -o 'apt-get install [^&]*' | grep -v '\./' | sort -u |
-        sed 's/install/install --download-only/')
-    systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log"; cannot "no packages"; }
-umount "$root/proc"
-rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf"
+        sed 's/install/install --download-only/')"
 
 # Its bridge, and a guest that is started as Incus, libvirt and LXC are: when there is a network. It asks for a lease every
 # quarter of a minute (bridge.nft drops more), and all the while, from its first frame, tries an address that is not its own.
@@ -87,19 +77,6 @@ halt() {
     wait "$nspawn" || true
 }
 
-# until_true SECONDS WHAT COMMAND...: a command inside, until it succeeds
-until_true() {
-    seconds=$1 what=$2
-    shift 2
-    end=$(($(date +%s) + seconds))
-    until run "$@" >/dev/null 2>&1; do
-        [ "$(date +%s)" -lt "$end" ] || {
-            run journalctl --no-pager -n 40 -u instances.service -u instances.path -u dnsmasq.service || true
-            fail "$what: not within $seconds s"
-        }
-        sleep 0.2
-    done
-}
 # guest_is guarded|open: its next tries; and it got all leases that it has asked for since the last time
 guest_is() {
     lines=$(run cat /run/guest | wc -l)
@@ -124,12 +101,12 @@ until_true 20 "the guest" test -s /run/guest
 [ "$(run head -n 1 /run/guest)" = open ] || fail "the guest was never free to take another's address"
 
 step "installed by README.md: the guest gets a lease and a name, and is held to its address"
-run sh -euc "cd /root/instances; $installing" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "Installing"; }
+lines "installing" "$installing"
 if [ -n "${BOOT_PACKAGE-}" ]; then
     [ -z "$(run nft list tables)$(run systemctl list-unit-files --no-legend --state=enabled 'instances*')" ] ||
         fail "the package changes something before it is configured"
-    tr -d '\r' <"$folder/log" | sed -n '/^instances: .*Next steps/,/^More/s/^  //p' >"$folder/steps"
-    run sh -euc "$(cat "$folder/steps")" >"$folder/log" 2>&1 || { tail "$folder/log"; fail "the next steps"; }
+    tr -d '\r' <"$folder/output" | sed -n '/^instances: .*Next steps/,/^More/s/^  //p' >"$folder/steps"
+    lines "the next steps" "$(cat "$folder/steps")"
     run sh -c 'echo "# of the former release" >>/var/lib/misc/instances.nftables_chains'
     run sh -euc "cd /root/instances; dpkg -i instances_*_all.deb" >/dev/null 2>&1 || fail "an upgrade"
     not run grep -q former /var/lib/misc/instances.nftables_chains || fail "an upgrade leaves the files of the former release"
@@ -205,8 +182,7 @@ run rm /etc/instances/broken.nft
 works
 
 step "installed again by the page of examples/systemd"
-run sh -euc "cd /root/instances/examples/systemd; $(block examples/systemd/README.md 'install -m 755')" >"$folder/log" 2>&1 ||
-    { cat "$folder/log"; fail "the page"; }
+lines "the page" "cd examples/systemd; $(block examples/systemd/README.md 'install -m 755')"
 until_true 20 "the setting" grep -q web.v4 /var/lib/misc/instances.nftables_sets
 works
 
@@ -220,8 +196,7 @@ run sh -euc 'ip link add br1 address 10:66:6a:4c:a1:fd type bridge
     ip link add other0 type veth peer name eth0 address 10:66:6a:4c:a1:21 netns other
     ip link set other0 master br1 up
     ip -n other link set eth0 up'
-run sh -euc "cd /root/instances/examples/systemd; $(block examples/systemd/README.md 'INSTANCES_BASE_ID=br1 >')" \
-    >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the page"; }
+lines "the page" "cd examples/systemd; $(block examples/systemd/README.md 'INSTANCES_BASE_ID=br1 >')"
 until_true 20 "the other guard" sh -c 'nft list table bridge instances-br1 | grep -q 10.84.0.1'
 run ip netns exec other udhcpc -f -q -n -i eth0 -s /bin/true -T 1 -t 20 -x hostname:web >/dev/null 2>&1 || fail "its guest"
 until_true 5 "the other guest's name" sh -c 'busybox nslookup web.instance.internal 10.84.0.1 | grep -q "10\.84\.0\.1[0-9][0-9]$"'
@@ -230,8 +205,7 @@ not run sh -c 'nft list set bridge instances instances_ip | grep -q 10:66:6a:4c:
 run sh -c "$guard && $name" || fail "the first registry is not as it was"
 works
 not run sh -c 'journalctl -b | grep "ordering cycle"' || fail "units wait for each other"
-run sh -euc "$(block examples/systemd/README.md '--remove /etc/default/instances-br1')" >"$folder/log" 2>&1 ||
-    { cat "$folder/log"; fail "its undo lines"; }
+lines "its undo lines" "$(block examples/systemd/README.md '--remove /etc/default/instances-br1')"
 [ -z "$(run find /run /etc /var/lib/misc -name '*br1*' -not -name '*.leases')" ] || fail "something of it is left"
 not run nft list table bridge instances-br1 >/dev/null 2>&1 || fail "its guard is left"
 run sh -c "$guard && $name" || fail "the first registry is gone, too"
@@ -239,8 +213,8 @@ run ip link delete br1
 run ip netns delete other
 
 step "undone by README.md: only dnsmasq is left"
-run sh -euc "$undoing" >"$folder/log" 2>&1 || { cat "$folder/log"; fail "the undo lines"; }
-[ -z "${BOOT_PACKAGE-}" ] || grep -q 'dnsmasq stays' "$folder/log" || fail "purge does not say what stays"
+lines "the undo lines" "$undoing"
+[ -z "${BOOT_PACKAGE-}" ] || grep -q 'dnsmasq stays' "$folder/output" "$folder/log" || fail "purge does not say what stays"
 [ -z "$(run systemctl list-unit-files --no-legend 'instances*')" ] || fail "units are left"
 [ -z "$(run nft list tables)" ] || fail "tables are left"
 left=$(run find /run /etc /usr /var/lib/misc -name '*instances*' -o -name br0.conf)
