@@ -83,6 +83,17 @@ def test_pages_of_the_package_link_to_what_it_has(built):
             assert there.exists() or Path(f"{there}.gz").exists(), f"{page}: {link}"
 
 
+def test_package_has_every_page_that_its_readmes_name(built):
+    documents, named = built / "root" / "usr" / "share" / "doc" / "instances", set()
+    for readme in (TOP / "README.md", EXAMPLES / "README.md"):
+        links = re.findall(r"\]\((?!https?:|#)([^)#]*)", readme.read_text())
+        named |= {(readme.parent / link).resolve() for link in links if "tests" not in link and link}
+    pages = {path / "README.md" for path in named if path.is_dir()} - {EXAMPLES / "README.md"}
+    assert pages == {*EXAMPLES.glob("*/README.md")}
+    for page in pages:
+        assert [*documents.glob(f"{page.relative_to(TOP)}*")], page
+
+
 def test_version_is_that_of_the_changelog_and_grows_with_each_build(built):
     version = run("dpkg-parsechangelog", "-l", DEBIAN / "changelog", "-S", "Version").stdout.strip()
     (package,) = built.glob("instances_*_all.deb")

@@ -30,7 +30,7 @@ sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py ins
     examples/systemd/instances-apply examples/systemd/instances-edit examples/show/instances-[sfc]*
 
 # Links to what the package does not have, in the pages that it has
-sed -i 's,\[\([^]]*\)\](\(\.\./\)*\(tests\|LICENSE\|examples/debian\|debian\)[^)]*),\1,g' README.md examples/README.md examples/*/README.md
+sed -i 's,\[\([^]]*\)\](\(\.\./\)*\(tests\|LICENSE\|debian/c\)[^)]*),\1,g' README.md examples/README.md examples/*/README.md
 
 # A version that grows with each build
 sed -i "1s/(\(.*\))/(\1+$(date -u +%Y%m%d%H%M%S))/" debian/changelog
