@@ -331,6 +331,16 @@ def test_rule_file_that_replaces_its_table_is_loaded_as_it_is_written(applied, t
     assert applied.tables() == TABLES
 
 
+def test_table_that_somebody_makes_later_is_not_taken_for_that_of_a_former_file(applied):
+    file = applied.write("a.nft", replacing("inet a", "chain c { }"))
+    applied.apply()
+    file.unlink()
+    applied.host.run("nft", "delete table inet a")
+    applied.apply()
+    applied.host.run("nft", "add table inet a")
+    assert applied.apply().stderr == "" and "inet a" in applied.tables()
+
+
 def test_renamed_rule_file_keeps_its_table(applied):
     applied.apply()
     (applied.rules / "bridge.nft").rename(applied.rules / "a-bridge.nft")
@@ -851,6 +861,12 @@ def test_two_registries_of_one_host_keep_their_guards(etc):
     etc.apply("--remove", "/etc/default/instances-br1")
     assert etc.tables() == TABLES
     assert not list(Path(f"{etc.host.base}-br1.hosts.d").iterdir()) and etc.names()
+
+
+def test_backup_of_a_settings_file_is_no_registry(etc):
+    for name in ("instances-br1.bak", "instances-br1~", "instances-br1.dpkg-old"):
+        (etc.etc / "default" / name).write_text("wrong\n")
+    assert etc.apply().returncode == 0 and etc.apply().stderr == ""
 
 
 def test_registry_with_tables_of_another_is_refused_and_replaces_nothing(etc):
