@@ -8,6 +8,7 @@ ping the gateway, and changes are made before, and where somebody can, meanwhile
 have one registry, in force, with all that the majority acknowledged; and there were never two gateways.
 """
 
+import base64
 import contextlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 from lab import UPDATE, environment, wait_for
@@ -57,7 +59,9 @@ class Chaos:
 
     def stored(self, mac, host):
         """Tell whether the majority has an instance."""
-        return mac in host.etcdctl("get", f"/instances/mac/{mac}", check=False)
+        found = json.loads(host.etcdctl("get", "/instances/part/", "--prefix", "-w", "json", check=False) or "{}")
+        parts = [zlib.decompress(base64.b64decode(entry["value"])) for entry in found.get("kvs", [])]
+        return any(mac.encode() in part for part in parts)
 
     def settled(self):
         """Tell whether all hosts have one registry in force, with all that was acknowledged."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import network_chaos
@@ -505,12 +506,14 @@ def told(host):
     return [line for line in host.said("follow.log").splitlines() if not line.endswith(": goes on")]
 
 
-@pytest.mark.parametrize("value", ["", "{", "[]", "{}", '{"changes": {"a": 1}}', "[" * 100000], ids="123456")
+@pytest.mark.parametrize("value", [b"", b"{", b"[]", b"{}", b'{"changes": {"a": 1}}', b"[" * 100000], ids="123456")
 def test_history_that_is_none_is_not_taken_and_the_writer_replaces_it(followers, value, request):
     a, b, c = followers.hosts
     before, lines_before = c.registry(), told(c)
     a.program.send_signal(signal.SIGSTOP)
-    c.etcdctl("put", "/instances/history", value)
+    Path(c.folder, "value").write_bytes(zlib.compress(value) if value != b"{" else value)
+    with open(c.folder / "value", "rb") as file:
+        c.etcdctl("put", "/instances/history", stdin=file)
     lines = wait_for(lambda: told(c)[len(lines_before) :], "a line")
     assert len(lines) == 1 and "not taken" in lines[0]
     assert c.registry() == before == b.registry() and followers.guests[2].pings(before[followers.guests[1].mac]["ipv4"])
@@ -523,10 +526,12 @@ def test_history_that_is_none_is_not_taken_and_the_writer_replaces_it(followers,
 def test_registry_too_large_for_etcd_is_told_in_one_line_and_all_goes_on(followers):
     a, b, c = followers.hosts
     before, lines_before = a.registry(), told(a)
-    large = before | {f"02:00:00:01:{n >> 8:02x}:{n & 255:02x}": {"name": "", "note": "x" * 2400} for n in range(7000)}
+    large = before | {
+        f"02:00:00:01:{n >> 8:02x}:{n & 255:02x}": {"name": "", "note": os.urandom(1200).hex()} for n in range(7000)
+    }
     write(a, large)
     lines = wait_for(lambda: told(a)[len(lines_before) :], "a line")
-    assert len(lines) == 1 and "too large" in lines[0]
+    assert len(lines) == 1 and "larger than max" in lines[0]
     assert c.registry() == before
     write(a, before)
     a.update("add", "10:66:6a:4c:c1:02", "10.85.2.1")
@@ -945,14 +950,14 @@ def test_error_of_an_etcd_of_3_6_is_told_in_one_line_and_all_goes_on(lone, name)
     lone.start(sys.executable, "-c", REFUSER, lone.folder / "tls", stderr=subprocess.DEVNULL)
     program, said = start_lone(lone, name)
     wait_for(lambda: "no leader" in said() or program.poll() is not None, "the error")
-    assert program.poll() is None and said().splitlines()[-1].endswith("2379: etcdserver: no leader")
+    assert program.poll() is None and said().splitlines()[-1].endswith(": etcdserver: no leader")
 
 
 @PAIR
 def test_address_of_etcd_that_is_none_is_told_in_one_line(lone, name):
     program, said = start_lone(lone, name, INSTANCES_ETCD="127.0.0.1:etcd")
     wait_for(lambda: "127.0.0.1:etcd" in said() or program.poll() is not None, "the error")
-    assert re.fullmatch(rf"{name}: .*127.0.0.1:etcd: nonnumeric port: 'etcd'\n", said())
+    assert re.fullmatch(rf"{name}: .*127.0.0.1:etcd.*: nonnumeric port: 'etcd'\n", said())
 
 
 @PAIR
