@@ -12,6 +12,8 @@ import base64
 import contextlib
 import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import sys
@@ -165,15 +167,9 @@ class Chaos:
                 shutil.copy2(f"{host.base}{end}", folder)
         return folder
 
-    def end(self, host):
-        """Have a host's program and all that it started end at once, as with its power."""
-        host.program.kill()
-        host.program.wait()
-        host.end_group()
-
     def bring_back(self, host, saved):
         """Have a host come back from a backup of its files."""
-        self.end(host)
+        host.kill()
         for end in SAVED:
             Path(f"{host.base}{end}").unlink(missing_ok=True)
         for path in saved.iterdir():
@@ -221,7 +217,7 @@ def snapshot_restored_and_the_leader_from_a_backup(chaos):
     for _ in range(3):
         chaos.change()
     wait_for(chaos.settled, "the changes on all")
-    chaos.end(leader)
+    leader.kill()
     chaos.restore(snapshot)
     chaos.bring_back(leader, saved)
     chaos.heal()
@@ -289,7 +285,7 @@ def leaders_host_from_a_backup_with_its_etcd(chaos):
     chaos.change()
     chaos.change()
     chaos.stop_etcds(leader)
-    chaos.end(leader)
+    leader.kill()
     shutil.rmtree(f"{leader.folder}/etcd")
     Path(f"{leader.folder}/etcd.saved").rename(f"{leader.folder}/etcd")
     leader.start_etcd()
@@ -316,7 +312,7 @@ def no_space(chaos):
 def no_space_and_all_programs_restarted(chaos):
     alarm(chaos)
     for host in chaos.site.hosts:
-        chaos.end(host)
+        host.kill()
         host.start_lead()
     end_alarm(chaos)
     chaos.heal()
@@ -372,7 +368,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     leader = chaos.leader
     leader.etcd.send_signal(signal.SIGSTOP)
     mac = chaos.change(leader, acknowledged=False)
-    chaos.end(leader)
+    leader.kill()
     chaos.stop_etcds(leader)
     wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
     removed = chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
@@ -393,7 +389,7 @@ def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     guest.start_dhcp4()
     guest.start_dhcp6()
     wait_for(lambda: leader.registry().get(guest.mac, {}).keys() >= {"ipv4", "ipv6_ula", "ipv6_gua"}, "its leases")
-    chaos.end(leader)
+    leader.kill()
     chaos.stop_etcds(leader)
     new = wait_for(lambda: next((h for h in chaos.site.others(leader) if h.leads()), None), "another leads", 60)
     assert guest.mac not in new.registry()
@@ -498,9 +494,7 @@ def play(chaos, name):
     chaos.settle()
     now = time.time()
     wait_for(lambda: all(pinger.answered(now) for pinger in chaos.pingers), f"{name}: the gateway")
-    lines = [line.split() for line in (chaos.site.folder / "sniffed").read_text().splitlines()]
-    sent = sorted((float(when), port) for when, port in lines if float(when) > begun)
-    turns = len([port for port, _ in itertools.groupby(port for _, port in sent)])
+    turns = len([*itertools.groupby(port for when, port in chaos.site.sniffed() if when > begun)])
     assert turns <= leads(chaos.site) - led + 1, f"{name}: two gateways: {turns} turns"
     return took, leads(chaos.site) - led
 
@@ -508,6 +502,13 @@ def play(chaos, name):
 def leads(site):
     """Return how often a host began to lead."""
     return sum(host.said().count(": leads\n") for host in site.hosts)
+
+
+def cost(process):
+    """Return a process's seconds of processor time, with that of what it has run, and KiB of memory."""
+    stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK"), int(memory)
 
 
 def soak(chaos, count, seconds):
@@ -535,7 +536,7 @@ def soak(chaos, count, seconds):
                 lags.append(time.monotonic() - changed)
         status = leader.etcd_status()
         size = f"{status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB"
-        memory = [f"{test_network.cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
+        memory = [f"{cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
         lag = f"{sorted(lags)[len(lags) // 2]:.2f}, {max(lags):.2f} s of {len(lags)}"
         print(f"| {minute + 1} | {lag} | {size} | {memory[0]} MiB | {memory[1]}, {memory[2]} MiB |", flush=True)
 
@@ -550,14 +551,11 @@ def hosts():
         try:
             for host in site.hosts:
                 host.guard()
-            places = enumerate(site.hosts)
-            site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11") for n, host in places]
             site.sniff()
             for host in site.hosts:
                 host.start_lead()
             wait_for(site.leader, "a leader", 60)
-            for guest in site.guests:
-                guest.dhcp4(guest.label)
+            test_network.join(site)
             yield Chaos(site, [test_network.Pinger(guest, "10.83.0.1") for guest in site.guests])
         finally:
             site.close()
