@@ -22,7 +22,7 @@ import time
 import zlib
 from pathlib import Path
 
-from lab import UPDATE, environment, wait_for
+from lab import UPDATE, block, environment, run, wait_for
 
 PROMISE = (
     5  # seconds after healing in which all hosts have the same in force; a leader may need as long again to be elected
@@ -332,12 +332,10 @@ def alarm(chaos):
 
 def end_alarm(chaos):
     """Do what the page says."""
-    host = chaos.site.hosts[0]
-    revision = host.etcd_status()["header"]["revision"]
-    host.etcdctl("compact", str(revision))
     for host in chaos.site.hosts:
+        host.etcdctl("compact", str(host.etcd_status()["header"]["revision"]), check=False)
         host.etcdctl("defrag")
-    host.etcdctl("alarm", "disarm")
+        host.etcdctl("alarm", "disarm")
 
 
 @case("it takes all that it missed", quick=True)
@@ -478,6 +476,76 @@ def registries_damaged(chaos):
     Path(f"{leader.base}.json").unlink()
     one.program.send_signal(signal.SIGSTOP)  # and nothing is to be told by etcd
     one.program.send_signal(signal.SIGCONT)
+    chaos.heal()
+
+
+@case("the gateway moves with etcd's leader at most; what is in force stays", seconds=PROMISE + ELECTION)
+def etcds_restarted_one_after_the_other(chaos):
+    """As in an upgrade."""
+    for host in chaos.site.hosts:
+        host.stop(host.etcd)
+        chaos.start_etcds(host)
+        chaos.change()
+    chaos.heal()
+
+
+@case("that host says so, and takes all that it missed")
+def certificate_expired_and_renewed(chaos):
+    host, made = chaos.site.others(chaos.leader)[0], chaos.site.folder / "expired"
+    shutil.copytree(chaos.site.folder / "ca", made)
+    loop = re.search(
+        "^for host.*?^done$", block("examples/network/README.md", "openssl req"), re.MULTILINE | re.DOTALL
+    )[0]
+    past = os.environ | {"LD_PRELOAD": libfaketime(), "FAKETIME": "-3d"}
+    run("sh", "-euc", loop.replace("-days 3650", "-days 1"), cwd=made, env=past)
+    host.take_certificate(made)
+    host.kill()
+    host.start_lead()
+    wait_for(lambda: "expired" in host.said(), "it says so")
+    for _ in range(3):
+        chaos.change()
+    host.take_certificate(chaos.site.folder / "ca")
+    chaos.heal()
+
+
+def libfaketime():
+    """Return the path of this library. OSError if Debian's package is not installed."""
+    for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1"):
+        return str(path)
+    raise OSError("needs libfaketime")
+
+
+FAKED = """\
+#!/bin/sh
+export FAKETIME_TIMESTAMP_FILE={0} FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1
+exec env LD_PRELOAD={1} /usr/sbin/dnsmasq "$@"
+"""
+
+
+@case("nobody notices, dnsmasq's leases aside, which end by its clock")
+def leaders_clock_jumps_by_a_day(chaos):
+    """By libfaketime, for dnsmasq: our programs and etcd go by the monotonic clock, certificates aside."""
+    import test_network
+
+    dnsmasq, clock = chaos.site.bin / "dnsmasq", chaos.site.folder / "clock"
+    clock.write_text("+0")
+    dnsmasq.write_text(FAKED.format(clock, libfaketime()))
+    dnsmasq.chmod(0o755)
+    former, led = chaos.leader, leads(chaos.site)
+    former.stop(former.program)
+    wait_for(lambda: leads(chaos.site) > led, "another leads, with such a dnsmasq")
+    dnsmasq.unlink()
+    former.start_lead()
+    leader, led = chaos.leader, leads(chaos.site)
+    registry = leader.registry()
+    for days in (1, -1, 0):
+        clock.with_suffix(".new").write_text(f"{days:+}d")
+        clock.with_suffix(".new").rename(clock)
+        chaos.change()
+        test_network.renew(chaos.site.guests)
+        end = int(Path(f"{leader.base}.leases").read_text().split()[0])
+        assert abs(end - time.time() - 43200 - days * 86400) < 600, f"a lease that ends at {end}"
+    assert leads(chaos.site) == led and registry.items() <= leader.registry().items()
     chaos.heal()
 
 

@@ -85,9 +85,9 @@ class Member(Host):
 
     def take_certificate(self, made, name="tls"):
         """Install this host's own of the certificates that were made, in a folder of this name."""
-        (self.folder / name).mkdir()
+        (self.folder / name).mkdir(exist_ok=True)
         shutil.copy(made / "ca.crt", self.folder / name)
-        for end in ("crt", "key"):
+        for end in ("key", "crt"):
             shutil.copy(made / f"{self.letter}.{end}", self.folder / name / f"host.{end}")
 
     def start_etcd(self):
