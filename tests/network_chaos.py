@@ -8,17 +8,21 @@ ping the gateway, and changes are made before, and where somebody can, meanwhile
 have one registry, in force, with all that the majority acknowledged; and there were never two gateways.
 """
 
+import base64
 import contextlib
 import itertools
 import json
+import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
-from lab import UPDATE, environment, wait_for
+from lab import UPDATE, block, environment, run, wait_for
 
 PROMISE = (
     5  # seconds after healing in which all hosts have the same in force; a leader may need as long again to be elected
@@ -57,7 +61,9 @@ class Chaos:
 
     def stored(self, mac, host):
         """Tell whether the majority has an instance."""
-        return mac in host.etcdctl("get", f"/instances/mac/{mac}", check=False)
+        found = json.loads(host.etcdctl("get", "/instances/part/", "--prefix", "-w", "json", check=False) or "{}")
+        parts = [zlib.decompress(base64.b64decode(entry["value"])) for entry in found.get("kvs", [])]
+        return any(mac.encode() in part for part in parts)
 
     def settled(self):
         """Tell whether all hosts have one registry in force, with all that was acknowledged."""
@@ -161,15 +167,9 @@ class Chaos:
                 shutil.copy2(f"{host.base}{end}", folder)
         return folder
 
-    def end(self, host):
-        """Have a host's program and all that it started end at once, as with its power."""
-        host.program.kill()
-        host.program.wait()
-        host.end_group()
-
     def bring_back(self, host, saved):
         """Have a host come back from a backup of its files."""
-        self.end(host)
+        host.kill()
         for end in SAVED:
             Path(f"{host.base}{end}").unlink(missing_ok=True)
         for path in saved.iterdir():
@@ -217,7 +217,7 @@ def snapshot_restored_and_the_leader_from_a_backup(chaos):
     for _ in range(3):
         chaos.change()
     wait_for(chaos.settled, "the changes on all")
-    chaos.end(leader)
+    leader.kill()
     chaos.restore(snapshot)
     chaos.bring_back(leader, saved)
     chaos.heal()
@@ -285,7 +285,7 @@ def leaders_host_from_a_backup_with_its_etcd(chaos):
     chaos.change()
     chaos.change()
     chaos.stop_etcds(leader)
-    chaos.end(leader)
+    leader.kill()
     shutil.rmtree(f"{leader.folder}/etcd")
     Path(f"{leader.folder}/etcd.saved").rename(f"{leader.folder}/etcd")
     leader.start_etcd()
@@ -312,7 +312,7 @@ def no_space(chaos):
 def no_space_and_all_programs_restarted(chaos):
     alarm(chaos)
     for host in chaos.site.hosts:
-        chaos.end(host)
+        host.kill()
         host.start_lead()
     end_alarm(chaos)
     chaos.heal()
@@ -332,12 +332,10 @@ def alarm(chaos):
 
 def end_alarm(chaos):
     """Do what the page says."""
-    host = chaos.site.hosts[0]
-    revision = host.etcd_status()["header"]["revision"]
-    host.etcdctl("compact", str(revision))
     for host in chaos.site.hosts:
+        host.etcdctl("compact", str(host.etcd_status()["header"]["revision"]), check=False)
         host.etcdctl("defrag")
-    host.etcdctl("alarm", "disarm")
+        host.etcdctl("alarm", "disarm")
 
 
 @case("it takes all that it missed", quick=True)
@@ -368,7 +366,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     leader = chaos.leader
     leader.etcd.send_signal(signal.SIGSTOP)
     mac = chaos.change(leader, acknowledged=False)
-    chaos.end(leader)
+    leader.kill()
     chaos.stop_etcds(leader)
     wait_for(lambda: any(host.leads() for host in chaos.site.others(leader)), "another leads", 60)
     removed = chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
@@ -389,7 +387,7 @@ def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     guest.start_dhcp4()
     guest.start_dhcp6()
     wait_for(lambda: leader.registry().get(guest.mac, {}).keys() >= {"ipv4", "ipv6_ula", "ipv6_gua"}, "its leases")
-    chaos.end(leader)
+    leader.kill()
     chaos.stop_etcds(leader)
     new = wait_for(lambda: next((h for h in chaos.site.others(leader) if h.leads()), None), "another leads", 60)
     assert guest.mac not in new.registry()
@@ -481,6 +479,76 @@ def registries_damaged(chaos):
     chaos.heal()
 
 
+@case("the gateway moves with etcd's leader at most; what is in force stays", seconds=PROMISE + ELECTION)
+def etcds_restarted_one_after_the_other(chaos):
+    """As in an upgrade."""
+    for host in chaos.site.hosts:
+        host.stop(host.etcd)
+        chaos.start_etcds(host)
+        chaos.change()
+    chaos.heal()
+
+
+@case("that host says so, and takes all that it missed")
+def certificate_expired_and_renewed(chaos):
+    host, made = chaos.site.others(chaos.leader)[0], chaos.site.folder / "expired"
+    shutil.copytree(chaos.site.folder / "ca", made)
+    loop = re.search(
+        "^for host.*?^done$", block("examples/network/README.md", "openssl req"), re.MULTILINE | re.DOTALL
+    )[0]
+    past = os.environ | {"LD_PRELOAD": libfaketime(), "FAKETIME": "-3d"}
+    run("sh", "-euc", loop.replace("-days 3650", "-days 1"), cwd=made, env=past)
+    host.take_certificate(made)
+    host.kill()
+    host.start_lead()
+    wait_for(lambda: "expired" in host.said(), "it says so")
+    for _ in range(3):
+        chaos.change()
+    host.take_certificate(chaos.site.folder / "ca")
+    chaos.heal()
+
+
+def libfaketime():
+    """Return the path of this library. OSError if Debian's package is not installed."""
+    for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1"):
+        return str(path)
+    raise OSError("needs libfaketime")
+
+
+FAKED = """\
+#!/bin/sh
+export FAKETIME_TIMESTAMP_FILE={0} FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1
+exec env LD_PRELOAD={1} /usr/sbin/dnsmasq "$@"
+"""
+
+
+@case("nobody notices, dnsmasq's leases aside, which end by its clock")
+def leaders_clock_jumps_by_a_day(chaos):
+    """By libfaketime, for dnsmasq: our programs and etcd go by the monotonic clock, certificates aside."""
+    import test_network
+
+    dnsmasq, clock = chaos.site.bin / "dnsmasq", chaos.site.folder / "clock"
+    clock.write_text("+0")
+    dnsmasq.write_text(FAKED.format(clock, libfaketime()))
+    dnsmasq.chmod(0o755)
+    former, led = chaos.leader, leads(chaos.site)
+    former.stop(former.program)
+    wait_for(lambda: leads(chaos.site) > led, "another leads, with such a dnsmasq")
+    dnsmasq.unlink()
+    former.start_lead()
+    leader, led = chaos.leader, leads(chaos.site)
+    registry = leader.registry()
+    for days in (1, -1, 0):
+        clock.with_suffix(".new").write_text(f"{days:+}d")
+        clock.with_suffix(".new").rename(clock)
+        chaos.change()
+        test_network.renew(chaos.site.guests)
+        end = int(Path(f"{leader.base}.leases").read_text().split()[0])
+        assert abs(end - time.time() - 43200 - days * 86400) < 600, f"a lease that ends at {end}"
+    assert leads(chaos.site) == led and registry.items() <= leader.registry().items()
+    chaos.heal()
+
+
 def play(chaos, name):
     """Run a case; return the seconds from healing until all have the same in force, and how often who led. May fail."""
     function = CASES[name][0]
@@ -494,9 +562,7 @@ def play(chaos, name):
     chaos.settle()
     now = time.time()
     wait_for(lambda: all(pinger.answered(now) for pinger in chaos.pingers), f"{name}: the gateway")
-    lines = [line.split() for line in (chaos.site.folder / "sniffed").read_text().splitlines()]
-    sent = sorted((float(when), port) for when, port in lines if float(when) > begun)
-    turns = len([port for port, _ in itertools.groupby(port for _, port in sent)])
+    turns = len([*itertools.groupby(port for when, port in chaos.site.sniffed() if when > begun)])
     assert turns <= leads(chaos.site) - led + 1, f"{name}: two gateways: {turns} turns"
     return took, leads(chaos.site) - led
 
@@ -504,6 +570,13 @@ def play(chaos, name):
 def leads(site):
     """Return how often a host began to lead."""
     return sum(host.said().count(": leads\n") for host in site.hosts)
+
+
+def cost(process):
+    """Return a process's seconds of processor time, with that of what it has run, and KiB of memory."""
+    stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    memory = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK"), int(memory)
 
 
 def soak(chaos, count, seconds):
@@ -531,7 +604,7 @@ def soak(chaos, count, seconds):
                 lags.append(time.monotonic() - changed)
         status = leader.etcd_status()
         size = f"{status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB"
-        memory = [f"{test_network.cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
+        memory = [f"{cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
         lag = f"{sorted(lags)[len(lags) // 2]:.2f}, {max(lags):.2f} s of {len(lags)}"
         print(f"| {minute + 1} | {lag} | {size} | {memory[0]} MiB | {memory[1]}, {memory[2]} MiB |", flush=True)
 
@@ -546,14 +619,11 @@ def hosts():
         try:
             for host in site.hosts:
                 host.guard()
-            places = enumerate(site.hosts)
-            site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11") for n, host in places]
             site.sniff()
             for host in site.hosts:
                 host.start_lead()
             wait_for(site.leader, "a leader", 60)
-            for guest in site.guests:
-                guest.dhcp4(guest.label)
+            test_network.join(site)
             yield Chaos(site, [test_network.Pinger(guest, "10.83.0.1") for guest in site.guests])
         finally:
             site.close()

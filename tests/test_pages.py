@@ -23,7 +23,6 @@ NOT_RUN = {
     },
     "examples/libvirt/README.md": {"<interface": "a part of a definition; libvirt.py has domains with such a one"},
     "examples/show/README.md": {"AND + WHAT": "what it prints"},
-    "examples/network/README.md": {"rsync": "needs ssh between two hosts"},
     "examples/systemd/README.md": {"ExecStartPost": "a drop-in; boot.sh has such a one"},
 }
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The registry of instances in etcd, for instances-follow.py and instances-lead.py; it does nothing by itself.
 
-There is one key per instance, and the key "history": a digest of all instances, and how many changes each writer has
-made, by which two registries tell which is the newer one. All changes of one time are made by one transaction.
+There are PARTS keys that have the instances, and the key "history": a digest of them all, and how many changes each
+writer has made, by which two registries tell which is the newer one. A change is one transaction: of the parts that it
+concerns, or of all.
 """
 
 import base64
@@ -13,12 +14,13 @@ import os
 import select
 import ssl
 import sys
+import zlib
 from runpy import run_path
 from shutil import which
 from types import SimpleNamespace
 
 PATIENCE = 1  # seconds that each part of etcd's answer may take; half a second more per megabyte of a request
-LARGE = 10  # the same, where the answer is a whole registry
+PARTS = 100  # a change writes little of a large registry, and a transaction has room for 128, which is etcd's default
 WRITERS = 100  # of how many writers a history tells
 
 files = SimpleNamespace(**run_path(which("instances-update.py") or sys.exit("no instances-update.py on the PATH")))
@@ -29,14 +31,19 @@ def encoded(text):
     return base64.b64encode(text.encode()).decode()
 
 
+def packed(value):
+    """Return an object as etcd's JSON has values: compressed, to a fifth."""
+    return base64.b64encode(zlib.compress(json.dumps(value).encode())).decode()
+
+
 def decoded(entry):
-    """Return the JSON of an entry's value, which has to be an object. Invalid if it is none."""
+    """Return the object that an entry has. Invalid if it has none."""
     try:
-        value = json.loads(base64.b64decode(entry.get("value", "")))
+        value = json.loads(zlib.decompress(base64.b64decode(entry.get("value", ""))))
         if isinstance(value, dict):
             return value
         raise ValueError("no JSON object")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, zlib.error) as error:
         raise Invalid(f"not taken from etcd: {base64.b64decode(entry['key']).decode()}: {error}") from None
 
 
@@ -51,6 +58,19 @@ def checked(entry=None):
 def digest(registry):
     """Return what tells registries apart, whatever their order is."""
     return hashlib.sha256(json.dumps(registry, sort_keys=True).encode()).hexdigest()
+
+
+def part_of(mac):
+    """Return the name of the key that has an instance."""
+    return f"part/{zlib.crc32(ascii(mac).encode()) % PARTS:02}"
+
+
+def divided(registry):
+    """Return the parts of a registry by the names of their keys."""
+    parts = {f"part/{number:02}": {} for number in range(PARTS)}
+    for mac, instance in registry.items():
+        parts[part_of(mac)][mac] = instance
+    return parts
 
 
 def knows(history, other):
@@ -99,34 +119,26 @@ class Invalid(ValueError):
     """What etcd has is not valid, and not taken."""
 
 
-def certified(folder):
-    """Return the TLS settings by which etcd and a host's programs know each other."""
-    try:
-        tls = ssl.create_default_context(cafile=f"{folder}/ca.crt")
-        tls.load_cert_chain(f"{folder}/host.crt", f"{folder}/host.key")
-        return tls
-    except OSError as error:
-        raise OSError(f"ca.crt, host.crt, host.key in {folder}: {error.strerror or error}") from None
-
-
 class Store:
     """What an etcd has of one registry, by its JSON gateway. OSError where it does not answer, or by an error."""
 
     def __init__(self, name):
         self.address = os.environ.get("INSTANCES_ETCD") or "127.0.0.1:2379"
         self.certificates = os.environ.get("INSTANCES_TLS") or "/etc/etcd"
-        self.tls = certified(self.certificates)
-        self.folder = f"/{name}/"  # of the keys: history, late/HOST, leader, and then mac/MAC
-        self.small = {"key": encoded(self.folder), "range_end": encoded(self.folder + "mac/")}  # the keys but the last
+        self.tls = None  # the certificates by which etcd and this host know each other
+        self.folder = f"/{name}/"  # of the keys: history, late/HOST, leader, and then part/NN
+        self.small = {"key": encoded(self.folder), "range_end": encoded(self.folder + "part/")}  # the keys but the last
         self.seen = {}  # the small keys' entries as of the last look
         self.watch = None  # the connection by which etcd tells of their changes
 
-    def ask(self, path, stream=False, patience=PATIENCE, **body):
+    def ask(self, path, stream=False, **body):
         """Return the answer to a request; the connection that answers come by, if there is to be a stream of them."""
-        self.tls = self.tls or certified(self.certificates)
         try:
+            if not self.tls:
+                self.tls = ssl.create_default_context(cafile=f"{self.certificates}/ca.crt")
+                self.tls.load_cert_chain(f"{self.certificates}/host.crt", f"{self.certificates}/host.key")
             body = json.dumps(body)
-            patience += len(body) / 2_000_000
+            patience = PATIENCE + len(body) / 2_000_000
             connection = http.client.HTTPSConnection(self.address, timeout=patience, context=self.tls)
             connection.request("POST", f"/v3/{path}", body)
             response = connection.getresponse()
@@ -137,7 +149,8 @@ class Store:
                 raise OSError(answer.get("message", answer))
         except (OSError, ValueError, http.client.HTTPException) as error:
             self.tls = None  # they may have been renewed
-            raise OSError(f"etcd at {self.address}: {error or type(error).__name__}") from None
+            place = f"etcd at {self.address}, by the certificates in {self.certificates}"
+            raise OSError(f"{place}: {str(error) or type(error).__name__}") from None
         connection.close()
         return answer
 
@@ -158,39 +171,27 @@ class Store:
             files.say(f"{name} in etcd is ignored: {error}")
             return {}
 
-    def fetch(self, since=0, **options):
-        """Return the entries of the history and of the instances changed since a revision, and the revision of both."""
-        every = {
-            **self.key("mac/"),
-            "range_end": encoded(self.folder + "mac0"),
-            "min_mod_revision": since,
-        }  # 0: after /
-        ranges = [{"request_range": keys | options} for keys in (self.key("history"), every)]
-        answer = self.ask("kv/txn", patience=PATIENCE if since else LARGE, success=ranges)
-        history, entries = (part["response_range"].get("kvs", []) for part in answer["responses"])
-        macs = [base64.b64decode(e["key"]).decode().removeprefix(self.folder + "mac/") for e in entries]
-        return history, {json.loads(f'"{m}"'): e for m, e in zip(macs, entries)}, int(answer["header"]["revision"])
-
     def registry(self, revision, known):
         """Return history, registry and revision, known as of a revision. Invalid if the two do not belong together."""
+        parts = {**self.key("part/"), "range_end": encoded(self.folder + "part0"), "serializable": True}  # 0: after /
         for since, old in ((revision + 1, known), (0, {})):  # mostly, little was changed
-            entries, changed, now = self.fetch(since, serializable=True)
-            history, registry = checked(*entries), old | {mac: decoded(entry) for mac, entry in changed.items()}
+            ranges = self.key("history") | {"serializable": True}, parts | {"min_mod_revision": since}
+            answer = self.ask("kv/txn", success=[{"request_range": keys} for keys in ranges])
+            history, entries = (part["response_range"].get("kvs", []) for part in answer["responses"])
+            history, changed = checked(*history), {base64.b64decode(e["key"]).decode(): decoded(e) for e in entries}
+            registry = {mac: i for mac, i in old.items() if self.folder + part_of(mac) not in changed}
+            for part in changed.values():
+                registry |= part
             if registry and history and digest(registry) == history.get("digest"):
-                return history, registry, now
+                return history, registry, int(answer["header"]["revision"])
         raise Invalid("not taken from etcd: its instances are not those of its history")
 
     def give(self, registry, history, known, *conditions, without=()):
-        """Make the registry this one, where it has what is known; return the revision, None if somebody was faster."""
-        done = [{"request_put": self.key("history") | {"value": encoded(json.dumps(history))}}]
-        gone = list(without)
-        for mac in {*registry, *known}:
-            name = "mac/" + json.dumps(mac)[1:-1]
-            if mac not in registry:
-                gone.append(name)
-            elif registry[mac] != known.get(mac):
-                done.append({"request_put": self.key(name) | {"value": encoded(json.dumps(registry[mac]))}})
-        done += [{"request_delete_range": self.key(name)} for name in gone]
+        """Make the registry this one, known as etcd has it, or {}; return the revision, None if somebody was faster."""
+        old = divided(known) if known else {}
+        new = {name: part for name, part in divided(registry).items() if part != old.get(name)} | {"history": history}
+        done = [{"request_put": self.key(name) | {"value": packed(value)}} for name, value in new.items()]
+        done += [{"request_delete_range": self.key(name)} for name in without]
         same, nothing = [], {"target": "MOD", "mod_revision": 0}
         for name in ("history", *without):  # by values: members with other revisions of the same have been seen
             value = {"target": "VALUE", "value": self.seen.get(name, {}).get("value", "")}
@@ -199,7 +200,7 @@ class Store:
         if not answer.get("succeeded"):
             return None
         self.seen = {name: entry for name, entry in self.seen.items() if name not in without}
-        self.seen["history"] = {"value": encoded(json.dumps(history))}
+        self.seen["history"] = {"value": packed(history)}
         return int(answer["header"]["revision"])
 
     def listen(self):

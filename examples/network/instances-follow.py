@@ -102,8 +102,7 @@ class Registry:
 
         change(dict(mine))
         if late and not writes:
-            value = etcd.encoded(json.dumps(late))
-            self.store.ask("kv/put", **self.store.key(f"late/{self.name}"), value=value)
+            self.store.ask("kv/put", **self.store.key(f"late/{self.name}"), value=etcd.packed(late))
         files.change_registry(change, follower=True)
         if late:
             say(f"etcd did not have what this host had of {etcd.listed(late)}")
@@ -136,7 +135,7 @@ class Registry:
             say(error)
             history = None  # it is replaced
         if history != self.history:  # restored from a backup, or gone: whoever has it gives it back
-            if not self.give(self.shared, self.history, self.store.fetch()[1], *conditions):
+            if not self.give(self.shared, self.history, {}, *conditions):
                 return False
             say("etcd had lost changes: it has them again")
         mine = self.mine(writes)
@@ -155,9 +154,8 @@ class Registry:
         mine = self.mine(True)
         if not mine or mine is self.shared and not late:
             return True
-        known = self.shared if self.history else self.store.fetch()[1]
         self.writer = self.writer or f"{self.name}-{os.urandom(4).hex()}"
-        return self.give(mine, etcd.longer(self.history, self.writer, mine), known, *conditions, without=late)
+        return self.give(mine, etcd.longer(self.history, self.writer, mine), self.shared, *conditions, without=late)
 
     def follow(self, reason, watch, seconds):
         """Take what was seen of etcd, then wait until it tells of a change, or for so many seconds."""
@@ -206,10 +204,11 @@ def main(arguments):
     writer = os.environ.get("INSTANCES_WRITER")
     if arguments in (["--take"], ["--give"]):
         return Registry().decide(arguments == ["--take"])
+    if arguments in (["-h"], ["--help"]):
+        return print(USAGE)
     if arguments or not writer:
-        wrong = arguments not in (["-h"], ["--help"])
-        files.say(f"error: {' '.join(arguments) or 'no INSTANCES_WRITER'}: see --help") if wrong else print(USAGE)
-        return 2 if wrong else 0
+        say(f"error: {' '.join(arguments) or 'no INSTANCES_WRITER'}: see --help")
+        return 2
     registry = Registry()
     if writer == registry.name and not os.path.exists(registry.path):  # new, or lost: etcd is asked before dnsmasq
         registry.refuse("etcd is asked for it first")

@@ -10,7 +10,6 @@ leader begins with the registry that the majority has, so that all registered gu
 import base64
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -126,9 +125,8 @@ class Host:
             lines = dhcp_hosts(files.read_registry(self.registry.path))
             self.known, self.telling = set(lines), 0  # what dnsmasq has, and when it is told of others
             files.replace_file(hosts, "".join(lines))
-            shutil.rmtree(f"{hosts}.d", ignore_errors=True)  # of another time that we led, as are the leases
+            run("rm", "-rf", f"{hosts}.d", f"{self.base}.leases")  # of another time that we led
             os.mkdir(f"{hosts}.d")
-            run("rm", "-f", f"{self.base}.leases")
             run("ip", "-batch", f"{self.folder}/gateway.ip")
             run("instances-update.py", "--initialize", "gw0", "host")
             own = [f"--dhcp-hostsfile={hosts}", f"--dhcp-hostsdir={hosts}.d", f"--dhcp-leasefile={self.base}.leases"]
@@ -202,11 +200,12 @@ class Host:
 
 
 def main(arguments):
-    """Lead and follow; return the exit status of wrong usage."""
+    """Lead and follow; return the exit status where that is not what was asked for."""
+    if arguments in (["-h"], ["--help"]):
+        return print(USAGE)
     if arguments:
-        wrong = arguments not in (["-h"], ["--help"])
-        files.say(f"error: {' '.join(arguments) or 'nothing'}: no such usage: see --help") if wrong else print(USAGE)
-        return 2 if wrong else 0
+        say(f"error: {' '.join(arguments)}: see --help")
+        return 2
     host = Host()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     run("nft", "-f", "-", input=GATE)
