@@ -21,11 +21,7 @@ EDIT = EXAMPLES / "systemd" / "instances-edit"
 DOMAIN = "instance.internal"
 HOST_MAC = "10:66:6a:4c:a1:fe"
 BRIDGE_ADDRESSES = ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80")
-DHCP_RANGES = (
-    "10.83.0.100,10.83.0.199",
-    "2001:67c:83::100,2001:67c:83::1ff,80",
-    "fd83:5eed::100,fd83:5eed::1ff,80",
-)
+DHCP_RANGES = ("10.83.0.100,10.83.0.199", "2001:67c:83::100,2001:67c:83::1ff,80", "fd83:5eed::100,fd83:5eed::1ff,80")
 HAS_BR_NETFILTER = Path("/proc/sys/net/bridge").exists()
 PATIENCE = int(os.environ.get("TEST_PATIENCE", "1"))  # how many times as slow as others a machine may be
 OPEN = []  # the namespaces that are there

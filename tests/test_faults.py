@@ -27,15 +27,7 @@ KILL = ("signal=KILL",)
 
 def traced(folder: Path, run: tuple, *options: str) -> subprocess.CompletedProcess:
     """Run a script under strace, with its files in a folder."""
-    command = [
-        "strace",
-        "-y",
-        "-o",
-        str(folder.with_suffix(".strace")),
-        *options,
-        sys.executable,
-        *map(str, run),
-    ]
+    command = ["strace", "-y", "-o", str(folder.with_suffix(".strace")), *options, sys.executable, *map(str, run)]
     env = environment(folder / "instances", PYTHONHASHSEED="0")
     return subprocess.run(command, env=env, capture_output=True, text=True)
 

@@ -1,6 +1,6 @@
 """Frames that no system sends by itself, and what they do where the rule against them is taken out of the guard.
 
-br_netfilter straightens frames before the guard sees them, so it is off here, but for those that get past it, too.
+br_netfilter straightens frames before the guard sees them, so it is off here.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ from attacks import (
     EVERYONE,
     HOST4,
     HOST6,
-    NEEDS_BR_NETFILTER,
     NODES,
     SNIFFER,
     bootp,
@@ -29,7 +28,6 @@ from lab import wait_for
 
 pytestmark = pytest.mark.slow
 LLDP = "01:80:c2:00:00:0e"  # a group address that no bridge forwards
-BR_NETFILTER = [False, pytest.param(True, marks=NEEDS_BR_NETFILTER)]
 
 
 @pytest.fixture(autouse=True)
@@ -57,11 +55,9 @@ def split(packet, length, trailer=b""):
     return ether / first / scapy.Raw(body[:length] + trailer), ether / second / scapy.Raw(body[length:])
 
 
-@pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
 @pytest.mark.parametrize("kind", ["datagram", "ARP"])
-def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind, br_netfilter):
+def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind):
     attacker, host, forged = bridge.unregistered, bridge.host, bridge.own["ipv4"]
-    host.br_netfilter(br_netfilter)
     chain = "arp instances_group input" if kind == "ARP" else "inet instances_group prerouting"
     frame = datagram(attacker, forged, HOST4) / b"forged"
     if kind == "ARP":
@@ -82,11 +78,9 @@ def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind, br_n
             wait_for(lambda: attacker.send(bytes(frame)) or arrived(), "an effect without the rule")
 
 
-@pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
-def test_solicitation_to_a_group_of_the_link_makes_nobody_another(bridge, br_netfilter):
+def test_solicitation_to_a_group_of_the_link_makes_nobody_another(bridge):
     """dnsmasq takes the MAC address of an IPv6 client from any of the host's neighbour caches."""
     attacker, host = bridge.unregistered, bridge.host
-    host.br_netfilter(br_netfilter)
     port = host.run("sh", "-c", f"ip -6 -o address show dev {attacker.port} scope link").stdout.split()[3].split("/")[0]
     ip = scapy.Ether(src=attacker.mac, dst=LLDP) / scapy.IPv6(src=link_local(attacker.mac), dst=port, hlim=255)
     frame = ip / scapy.ICMPv6ND_NS(tgt=port) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=bridge.victim.mac)
@@ -270,12 +264,10 @@ QUERIES = {  # what: (the reason of its drop, chain, its rule)
 }
 
 
-@pytest.mark.parametrize("br_netfilter", BR_NETFILTER)
 @pytest.mark.parametrize("kind", QUERIES)
-def test_guest_that_speaks_as_a_multicast_router_is_not_believed(bridge, kind, br_netfilter):
+def test_guest_that_speaks_as_a_multicast_router_is_not_believed(bridge, kind):
     """A bridge that believes it sends the guest all multicast, and multicast of others only to those who answered."""
     attacker, host, (reason, chain, rule) = bridge.registered, bridge.host, QUERIES[kind]
-    host.br_netfilter(br_netfilter)
     frame, ring = query(attacker, bridge.registry[attacker.mac]["ipv4"], kind), "fragment" in kind
 
     def is_believed():

@@ -18,16 +18,7 @@ from lab import PROCESS, UPDATE, environment
 FIELDS = ("ipv4", "ipv6_gua", "ipv6_ula", "ipv6_lla")
 MACS = st.sampled_from([f"10:66:6a:00:00:0{n}" for n in range(4)])
 # Few values, so that they meet; each kind of address, valid names in both cases, and what is neither
-ADDRESSES = [
-    "10.0.0.1",
-    "10.0.0.2",
-    "2001:67c::1",
-    "2001:67c::2",
-    "fd00::1",
-    "fd00::2",
-    "fe80::1",
-    "2001:db8::1",
-]
+ADDRESSES = ["10.0.0.1", "10.0.0.2", "2001:67c::1", "2001:67c::2", "fd00::1", "fd00::2", "fe80::1", "2001:db8::1"]
 NAMES = ["web", "WEB", "db", "build-runner"]
 BAD_NAMES = ["", "3cx", "my_host", "-x", "x-", "a" * 64, 'a"', "a\n", "ä", "host.example"]
 JSON = st.recursive(
@@ -270,17 +261,7 @@ def is_kind(process, field, value):
 ARGUMENT = (
     st.binary(max_size=40).map(lambda b: b.replace(b"\0", b""))
     | st.sampled_from(
-        [
-            b"add",
-            b"old",
-            b"10:66:6a:00:00:01",
-            b"10.0.0.1",
-            b"fd00::1",
-            b"web",
-            b"x" * 100_000,
-            b"\x1b[2J\r\n",
-            b"%s%n",
-        ]
+        [b"add", b"old", b"10:66:6a:00:00:01", b"10.0.0.1", b"fd00::1", b"web", b"x" * 100_000, b"\x1b[2J\r\n", b"%s%n"]
     )
     | st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20).map(str.encode)
 )
@@ -290,12 +271,7 @@ ARGUMENT = (
     st.sampled_from([b"add", b"old"]) | ARGUMENT,
     st.lists(ARGUMENT, max_size=5),
     st.fixed_dictionaries(
-        {},
-        optional={
-            b"DNSMASQ_MAC": ARGUMENT,
-            b"DNSMASQ_SUPPLIED_HOSTNAME": ARGUMENT,
-            b"DNSMASQ_TAGS": ARGUMENT,
-        },
+        {}, optional={b"DNSMASQ_MAC": ARGUMENT, b"DNSMASQ_SUPPLIED_HOSTNAME": ARGUMENT, b"DNSMASQ_TAGS": ARGUMENT}
     ),
 )
 @example(b"add", [b"10:66:6a:00:00:01", b"10.0.0.1", b"a\ninstances-update.py: 10:66:6a:00:00:02 x: removed"], {})

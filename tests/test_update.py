@@ -69,8 +69,7 @@ def held_up(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", [None, 2])
 @pytest.mark.parametrize(
-    "arguments",
-    [("old", MAC, "10.83.0.11"), ("--rename", MAC, "web"), ("--rename", OTHER, "db"), ("--remove", OTHER)],
+    "arguments", [("old", MAC, "10.83.0.11"), ("--rename", MAC, "web"), ("--rename", OTHER, "db"), ("--remove", OTHER)]
 )
 @pytest.mark.parametrize("variables", [{}, {"DNSMASQ_DATA_MISSING": "1"}])
 def test_run_that_changes_nothing_waits_for_nobody(base, arguments, layout, variables):
@@ -707,12 +706,7 @@ def test_initialize_replaces_the_instance_and_takes_from_others(host):
     )
     host.run("ip", "address", "flush", "dev", "br0", "to", "fd83:5eed::1")
     initialize(host, "br0", "host")
-    own = {
-        "name": "host",
-        "ipv4": "10.83.0.1",
-        "ipv6_gua": "2001:67c:83::1",
-        "ipv6_lla": "fe80::1266:6aff:fe4c:a1fe",
-    }
+    own = {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_lla": "fe80::1266:6aff:fe4c:a1fe"}
     assert host.registry() == {HOST_MAC: own | {"note": "x"}, MAC: {"name": ""}}
 
 
