@@ -1,6 +1,7 @@
 """A guarded bridge to attack, and frames to attack it with, for several files of tests."""
 
 import contextlib
+import fcntl
 import json
 import re
 import signal
@@ -58,9 +59,11 @@ class Guarded:
         self.victim, self.registered, self.unregistered = clients = [
             host.client(name, f"10:66:6a:4c:a1:1{number}") for number, name in enumerate(names)
         ]
-        self.lease4 = self.victim.dhcp4("victim")
-        self.victim.dhcp6("victim")
-        for process in (self.registered.dhcp4("registered"), self.registered.dhcp6("registered")):
+        started = [(client.start_dhcp4(client.label), client.start_dhcp6(client.label)) for client in clients[:2]]
+        for client in clients[:2]:
+            client.wait_registered("bound 10.8", "BOUND6 2001", "BOUND6 fd83")
+        self.lease4 = started[0][0]
+        for process in started[1]:
             self.registered.stop(process, signal.SIGKILL)
         for client in clients[1:]:
             client.set("net/ipv6/conf/eth0/disable_ipv6", "1")
@@ -68,7 +71,9 @@ class Guarded:
             client.run("ip", "link", "set", "eth0", "arp", "off")
         self.rules, self.leases = host.folder / "rules" / "bridge.nft", host.folder / "dnsmasq.br0.leases"
         self.text, self.config = self.rules.read_text(), (host.folder / "br0.conf").read_text()
+        self.settle()
         self.was, self.registry = self.leases.read_text(), host.registry()
+        self.outputs = self.read_outputs()
         self.server_duid = octets(re.search("^duid (.*)$", self.was, re.MULTILINE)[1])
         rows = [line.split() for line in self.was.splitlines()]
         self.own = {k: v for k, v in self.registry[self.victim.mac].items() if k != "name"}
@@ -79,20 +84,30 @@ class Guarded:
         """Do the service's work, so that it has none to do afterwards."""
         self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
 
+    def read_outputs(self) -> list[str]:
+        """Return what the service makes of the registry and the settings."""
+        return [Path(f"{self.host.base}.{end}").read_text() for end in ("hosts", "nftables_chains")]
+
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
-        host = self.host
-        host.stop_dnsmasq()
-        self.settle()
-        self.expected = leases or self.was
-        self.leases.write_text(self.expected)
-        Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
-        self.rules.unlink(missing_ok=True)
-        if guard:
-            self.rules.write_text(self.text)
-        host.run("nft", "delete", "table", "bridge", "instances", check=False)
-        Path(f"{host.base}.updated").touch()
-        self.settle()
+        host, marker = self.host, Path(f"{self.host.base}.updated")
+        host.stop_dnsmasq(at_once=True)
+        with open(f"{marker}.service", "a") as service:
+            fcntl.flock(service, fcntl.LOCK_EX)  # its own lock: it does nothing meanwhile
+            self.expected = leases or self.was
+            self.leases.write_text(self.expected)
+            Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
+            self.rules.unlink(missing_ok=True)
+            load = "table bridge instances; delete table bridge instances\n"
+            if guard:
+                self.rules.write_text(self.text)
+                load += f'include "{self.rules}"\n'
+            if guard and (marker.exists() or self.read_outputs() != self.outputs):
+                marker.touch()
+                host.run("nft", load.partition("\n")[0])
+                host.run(*host.applying())
+            else:
+                host.run("nft", "-f", "-", input=load)
         host.run("ip", "neighbour", "flush", "all")
         assert f"\n{option}\n" in self.config + "\n\n"
         config = host.folder / "now.conf"

@@ -31,6 +31,16 @@ def load(script: Path):
     return module
 
 
+# With --dist loadfile a file is one worker's: those that take longest are begun first.
+LONGEST = ["network", "apply", "firewalls", "claims", "identity", "egress", "fuzz", "routed", "clients", "pages"]
+
+
+def pytest_collection_modifyitems(items):
+    """Have the files that take longest before the others."""
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+
+
 @pytest.hookimpl(trylast=True)  # when the fixtures have ended: -x ends those of a module only here
 def pytest_sessionfinish():
     """Take away the namespaces of a fixture that failed before it could do so itself."""

@@ -39,6 +39,30 @@ def has_ibrname() -> bool:
     return subprocess.run(["unshare", "--net", "nft", rule], capture_output=True).returncode == 0
 
 
+# Waits until the process of this number is over, however it ended, and takes away the namespaces that it has left.
+KEEPER = """\
+trap '' INT TERM HUP
+cat
+for namespace in $(ip netns | grep -o "^inst$0-[^ ]*"); do
+    for _ in 1 2 3; do ip netns pids "$namespace" | xargs -r kill -KILL; done
+    ip netns delete "$namespace"
+done
+"""
+
+
+@functools.cache
+def keep_order() -> subprocess.Popen:
+    """Have somebody clear up where this process can't, since it was killed: a pipe tells of its end."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = ["sh", "-c", KEEPER, str(os.getpid())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+
+
+def bound(*command) -> list[str]:
+    """Return a command, of some length, that is to end in order when the process that started it has ended."""
+    return ["setpriv", "--pdeathsig", "TERM", *map(str, command)]
+
+
 # What both DHCP clients run, each with variables of its own, to take an address and to tell that it did.
 CLIENT_SCRIPT = """\
 #!/bin/sh
@@ -111,7 +135,7 @@ def block(page: str, words: str) -> str:
 def process_file(pid: str | int, name: str) -> str:
     """Return what /proc has in a file of a process, "" where the process is gone."""
     try:
-        return Path(f"/proc/{pid}/{name}").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
@@ -139,6 +163,7 @@ class Namespace:
     """A network namespace and the processes started in it."""
 
     def __init__(self, label: str):
+        keep_order()
         self.name = f"inst{os.getpid()}-{next(_numbers)}-{label}"
         self.processes: list[subprocess.Popen] = []
         subprocess.run(["ip", "netns", "add", self.name], check=True)
@@ -147,7 +172,10 @@ class Namespace:
 
     def command(self, *arguments) -> list[str]:
         """Return the command that runs these arguments in the namespace."""
-        return ["ip", "netns", "exec", self.name, *map(str, arguments)]
+        # The usual way gives each command a /sys of its own, for which all others wait where many run
+        lean = arguments[:1] in (("ip",), ("nft",), ("ping",))
+        entering = ["nsenter", f"--net=/run/netns/{self.name}"] if lean else ["ip", "netns", "exec", self.name]
+        return [*entering, *map(str, arguments)]
 
     def neighbour(self, address: str) -> str:
         """Return the MAC address that the kernel here has for a neighbour's IP address."""
@@ -190,7 +218,7 @@ class Namespace:
 class Client(Namespace):
     """A namespace with an interface eth0 on a host's bridge, as a container has it."""
 
-    def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str):
+    def __init__(self, host: "Host", label: str, mac: str, port: str, bridge: str, detects: bool):
         super().__init__(label)
         self.host, self.label, self.mac, self.port, self.senders = host, label, mac, port, {}
         self.folder = host.folder / self.name
@@ -201,7 +229,11 @@ class Client(Namespace):
         peer = ["type", "veth", "peer", "name", "eth0", "address", mac, "netns", self.name]
         host.run("ip", "link", "add", port, *peer)
         host.run("ip", "link", "set", port, *(["master", bridge] if bridge else []), "up")
-        self.run("ip", "link", "set", "eth0", "up")
+        up = "ip link set eth0 up"
+        if not detects:  # duplicates of its link-local address, which takes a kernel two seconds
+            transmits = "/proc/sys/net/ipv6/conf/eth0/dad_transmits"
+            up = f"echo 0 >{transmits}; {up}; echo 1 >{transmits}"
+        self.run("sh", "-c", up)
 
     def wait_link_local(self) -> None:
         """Wait until duplicate address detection of the link-local address is over: DHCPv6 needs it."""
@@ -289,8 +321,9 @@ class Host(Namespace):
             self.run("ip", "address", "add", address, "dev", "br0", "nodad")
 
     def client(self, label: str, mac: str, port: str = "", bridge: str = "br0", wait: bool = True) -> Client:
-        """Add a client, to the bridge unless that is ""; return it when it has a link-local address, or at once."""
-        self.clients.append(Client(self, label, mac, port or f"veth{len(self.clients)}", bridge))
+        """Add a client, to the bridge unless that is ""; return it with a link-local address, or while its kernel still
+        detects duplicates of that."""
+        self.clients.append(Client(self, label, mac, port or f"veth{len(self.clients)}", bridge, not wait))
         if wait:
             self.clients[-1].wait_link_local()
         return self.clients[-1]
@@ -316,14 +349,19 @@ class Host(Namespace):
             self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
 
-    def stop_dnsmasq(self) -> None:
-        """End dnsmasq, if it runs, and wait for the end of its helper, which runs the script."""
+    def stop_dnsmasq(self, at_once: bool = False) -> None:
+        """End dnsmasq, if it runs, and wait for the end of its helper, which runs the script: for all that there was to
+        tell, or, at once, no longer than for the lease that it tells now."""
         if self.dnsmasq in self.processes:
-            self.stop(self.dnsmasq)
+            self.stop(self.dnsmasq, signal.SIGKILL if at_once else signal.SIGTERM)
 
         def running():
             pids = self.run("ip", "netns", "pids", self.name).stdout.split()
-            return any(process_file(pid, "comm") == "dnsmasq\n" for pid in pids)
+            helpers = [pid for pid in pids if process_file(pid, "comm") == "dnsmasq\n"]
+            for pid in helpers if at_once else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            return helpers or any("DNSMASQ_INTERFACE=" in process_file(pid, "environ") for pid in pids)
 
         wait_for(lambda: not running(), "the end of dnsmasq")
 

@@ -257,7 +257,7 @@ class Trial:
     # IPv4
 
     def do_arp(self, who: str, address: str) -> None:
-        self.send(who, arp(who, address), lambda now: self.model.standing(who, address, now))
+        self.send(who, arp(who, address), lambda now: self.model.may_ask(who, address, now))
 
     def do_arp_of(self, who: str, named: str, address: str) -> None:
         """Name another's hardware address: two who share an address may."""

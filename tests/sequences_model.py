@@ -97,6 +97,11 @@ class Model:
         newcomer = address.startswith("fe80:") and who not in self.owned
         return NO if newcomer and not joins else self.standing(who, address, now)
 
+    def may_ask(self, who: str, address: str, now: Now) -> int:
+        """Tell whether somebody may ask by ARP from an address: a router may from its networks, as Linux does."""
+        free = not self.holders(address)
+        return self.may_send(who, address, now, False) if free else self.standing(who, address, now)
+
     def use(self, who: str, addresses: list[str], now: Now, arrived: bool, renews: bool) -> None:
         """Note which addresses a guest's frame has claimed: surely if it arrived, else perhaps."""
         for address in addresses:

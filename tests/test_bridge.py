@@ -31,14 +31,13 @@ class Bridge:
         host.update("--initialize", "br0", "host")
         host.start_dnsmasq()
         names = ("victim", "bystander", "registered", "unregistered")
-        clients = [host.client(name, f"10:66:6a:4c:a1:1{number}", wait=False) for number, name in enumerate(names)]
+        clients = [host.client(name, f"10:66:6a:4c:a1:1{number}") for number, name in enumerate(names)]
         self.victim, self.bystander, self.registered, self.unregistered = clients
         for client in clients[:3]:
             client.start_dhcp4(client.label)
             client.start_dhcp6()
         for client in clients[:3]:
             client.wait_registered("bound 10.8", "BOUND6 2001", "BOUND6 fd83")
-        self.unregistered.wait_link_local()
         self.unregistered.run("ip", "address", "add", "10.83.0.66/24", "dev", "eth0")
         self.unregistered.run("ip", "address", "add", "2001:67c:83::66/80", "dev", "eth0", "nodad")
         host.process()
@@ -47,11 +46,10 @@ class Bridge:
 
     def guard(self, on: bool) -> None:
         """Load the guard as it is now, or take its rules away: its hooks stay, in the order that they came in."""
-        self.host.run("nft", "-f", self.rules)
-        for name in LEARNED if on else ():
-            self.host.run("nft", "flush", "set", "bridge", "instances", f"instances_{name}")
-        for hook in () if on else ("prerouting", "forward"):
-            self.host.run("nft", "flush", "chain", "bridge", "instances", f"at_{hook}")
+        lines = [f'include "{self.rules}"']
+        lines += [f"flush set bridge instances instances_{name}" for name in (LEARNED if on else ())]
+        lines += [f"flush chain bridge instances at_{hook}" for hook in (() if on else ("prerouting", "forward"))]
+        self.host.run("nft", "-f", "-", input="\n".join(lines))
 
     def gateways(self, client: Client | None = None) -> str:
         """Return a client's default routes, the bystander's if none is given."""
@@ -391,15 +389,7 @@ def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_guard(
     wait_for(lambda: all(client.addresses(prefix) for prefix in ("10", "2001", "fd83", "fe80")), "its addresses")
     for node, other in ((client, bridge.victim), (bridge.victim, client)):
         for address in other.addresses():
-            node.run(
-                "ping",
-                "-n",
-                "-c",
-                "1",
-                "-W",
-                "5",
-                f"{address}{'%eth0' if address.startswith('fe80') else ''}",
-            )
+            node.run("ping", "-n", "-c", "1", "-W", "5", address + ("%eth0" if address.startswith("fe80") else ""))
     for kind, subdomain in (("A", "v4"), ("AAAA", "g6"), ("AAAA", "u6"), ("AAAA", "l6")):
         assert client.resolve(f"victim.{subdomain}.instance.internal", kind)
     lease4.send_signal(signal.SIGUSR1)

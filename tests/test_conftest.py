@@ -1,11 +1,14 @@
 """What the tests stand on."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import need
+from lab import is_alive, wait_for
 
 FAILING = """
 import pytest
@@ -23,6 +26,60 @@ def test_of_a_failure(namespace):
 def test_that_is_not_reached(namespace):
     pass
 """
+
+
+WAITING = """
+from lab import Namespace, bound, run
+
+def test_that_waits():
+    namespace = Namespace("waiting")
+    code = "setsid sh -c 'trap : INT TERM HUP; echo $$ >>pids; while :; do sleep 1; done' & echo $$ >>pids; wait"
+    namespace.start("sh", "-c", code)
+    run(*bound("sh", "-c", "echo $$ >>pids; echo $PPID >worker; exec sleep 600"))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts pytest with a file of tests and options, in a folder of its own; returns the process."""
+    need("ip", "setpriv")
+
+    def started(text, *options):
+        (tmp_path / "test_it.py").write_text(text)
+        command = [sys.executable, "-B", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options, tmp_path]
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True, **pipes)
+
+    return started
+
+
+ENDS = [(number, ()) for number in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")] + [("SIGTERM", ("-n", "1"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "options"), ENDS, ids=str)
+def test_run_that_is_ended_leaves_no_namespace_and_no_process(start, tmp_path, number, options):
+    pids = tmp_path / "pids"
+    with start(WAITING, *options) as pytest_run:
+        wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
+        worker = (tmp_path / "worker").read_text().strip()
+        pytest_run.send_signal(signal.Signals[number])
+        pytest_run.wait(60)
+    wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
+    wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
+
+
+@pytest.mark.slow
+def test_killed_worker_leaves_no_namespace_and_no_process(start, tmp_path):
+    pids = tmp_path / "pids"
+    with start(WAITING, "-n", "1", "--max-worker-restart", "0") as pytest_run:
+        wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
+        worker = (tmp_path / "worker").read_text().strip()
+        os.kill(int(worker), signal.SIGKILL)
+        assert "crashed" in pytest_run.communicate(timeout=60)[0]
+    wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
+    wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
 
 
 def test_failure_with_a_fixture_of_a_module_is_shown_and_its_namespace_goes(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import APPLY, EDIT, EXAMPLES, PROCESS, TOP, UPDATE, block, environment, run
+from lab import APPLY, EDIT, EXAMPLES, PROCESS, TOP, UPDATE, block, bound, environment, run
 
 FOLDER = EXAMPLES / "debian"
 DEBIAN = FOLDER / "debian"
@@ -169,7 +169,7 @@ def test_apparmor_takes_the_snippet_in_a_profile_of_dnsmasq(tmp_path):
 
 def test_life_of_the_package_from_build_to_purge():
     need("dh", "dpkg", "unshare", "nsenter", "nft", "ip", "dnsmasq", "udhcpc", "systemctl")
-    result = subprocess.run([TOP / "tests" / "debian.sh", "here"], capture_output=True, text=True)
+    result = subprocess.run(bound(TOP / "tests" / "debian.sh", "here"), capture_output=True, text=True)
     if result.returncode == 77:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, result.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, process_file, run
+from lab import EXAMPLES, bound, process_file, run
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def start_demo(folder):
     need(*PROGRAMS)
     env = os.environ | {"TMPDIR": str(folder)}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([EXAMPLES / "demo.py"], text=True, env=env, **pipes)
+    return subprocess.Popen(bound(EXAMPLES / "demo.py"), text=True, env=env, **pipes)
 
 
 def left(demo, folder):

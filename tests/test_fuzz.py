@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, HAS_BR_NETFILTER, run
+from lab import EXAMPLES, HAS_BR_NETFILTER, bound, run
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ UNTAUGHT = {  # a line of bridge.nft: steps, and what is found in them when the 
 def fuzz(program, *options):
     """Run a fuzzer; return its exit status and output."""
     need("nft", "ip")
-    result = run(sys.executable, "-B", HERE / program, *options, check=False)
+    result = run(*bound(sys.executable, "-B", HERE / program, *options), check=False)
     return result.returncode, result.stdout + result.stderr
 
 

@@ -80,14 +80,15 @@ DROPPED = {  # for what they say
 
 
 @pytest.mark.parametrize("who", ATTACKERS)
-@pytest.mark.parametrize("attack", DROPPED)
-def test_message_in_the_name_of_another_is_dropped(bridge, attack, who):
+def test_messages_in_the_name_of_another_are_dropped(bridge, who):
     attacker = getattr(bridge, who)
-    frame = DROPPED[attack](bridge, attacker)
-    bridge.reset(guard=False)
-    wait_for(lambda: attacker.send(bytes(frame)) or bridge.harm(attacker), "an effect without the guard")
+    frames = {attack: make(bridge, attacker) for attack, make in DROPPED.items()}
+    for attack, frame in frames.items():
+        bridge.reset(guard=False)
+        wait_for(lambda f=bytes(frame): attacker.send(f) or bridge.harm(attacker), f"an effect of {attack}")
     bridge.reset()
-    bridge.is_dropped("DHCP message", attacker, frame)
+    for frame in frames.values():
+        bridge.is_dropped("DHCP message", attacker, frame)
     assert not bridge.harm(attacker)
     bridge.victim_is_well()
 
@@ -413,17 +414,15 @@ def test_listing_of_what_has_been_in_use_loads_again_and_lists_the_same(bridge):
     for attacker in (bridge.registered, bridge.unregistered):
         attacker.send(bytes(solicitation(attacker, 133)), bytes(datagram(attacker, "::", bridge.addresses6[0])))
         bridge.is_dropped("DHCP message", attacker, take(attacker, "10.83.0.150", chaddr=HOST_MAC))
-    bridge.registered.send(bytes(take(bridge.registered, "10.83.0.150")))
-    wait_for(lambda: "DHCPACK(br0) 10.83.0.150" in bridge.log(), "a lease")
-    saved = bridge.host.run("nft", "list", "ruleset").stdout
-    for name in (
-        "instances_same_mac",
-        "instances_same_eui64",
-        "instances_dropped",
-        "instances_asked",
-        "instances_leased",
-    ):
-        assert re.search(f"set {name} {{[^}}]*elements = ", saved), name
+    # One that has had no address before: with an address that is no longer a guest's, what is leased is forgotten
+    bridge.unregistered.send(bytes(take(bridge.unregistered, "10.83.0.150")))
+
+    def listing():
+        listed = bridge.host.run("nft", "list", "ruleset").stdout
+        names = ("same_mac", "same_eui64", "dropped", "asked", "leased")
+        return all(re.search(f"set instances_{name} {{[^}}]*elements = ", listed) for name in names) and listed
+
+    saved = wait_for(listing, "elements in each of these sets")
     bridge.unregistered.run("nft", "-f", "-", input=saved)
     try:
         loaded = re.sub(r"expires \w+", "expires", bridge.unregistered.run("nft", "list", "ruleset").stdout)
@@ -523,7 +522,7 @@ def test_flood_of_requests_keeps_nobody_out_and_is_counted_on_when_the_guard_is_
             dhcp6(bridge, attacker, scapy.DHCP6_Solicit, duid=duid, addresses=[]),
             "DHCPSOLICIT(br0) " + duid.hex(":"),
         )
-    frames = [bytes(frame)] * 1000
+    frames = [bytes(frame)] * 100
 
     def joins(number):
         """Return how many seconds a new guest takes to its leases of both versions."""
@@ -535,13 +534,12 @@ def test_flood_of_requests_keeps_nobody_out_and_is_counted_on_when_the_guard_is_
         return time.monotonic() - begin
 
     bridge.reset()
-    calm = joins(0)
-    bridge.reset()
     over = threading.Event()
 
     def flood():
         while not over.is_set():
             attacker.send(*frames)
+            time.sleep(0.05)
 
     thread = threading.Thread(target=flood)
     thread.start()
@@ -556,6 +554,6 @@ def test_flood_of_requests_keeps_nobody_out_and_is_counted_on_when_the_guard_is_
     finally:
         over.set()
         thread.join()
-    print(f"leases after {calm:.1f} s, {flooded:.1f} s in a flood, {again:.1f} s after the guard was loaded again")
+    print(f"leases after {flooded:.1f} s in a flood, {again:.1f} s after the guard was loaded again")
     # 10 at once and 10 a minute, and no other 10
     assert 10 <= asked <= 10 + flooded / 6 + 2 and bridge.log().count(said) <= asked + again / 6 + 2
