@@ -36,7 +36,7 @@ class Chaos:
 
     def __init__(self, site, pingers):
         self.site, self.pingers, self.acknowledged, self.numbers = site, pingers, {}, itertools.count(1)
-        self.healed = None
+        self.entered, self.healed = {}, None
 
     @property
     def leader(self):
@@ -53,7 +53,7 @@ class Chaos:
             command = (sys.executable, UPDATE, "add", mac, address)
             return on.run(*command, env=environment(on.base), check=False).returncode == 0 and on
 
-        host = wait_for(entered, "the change", 60)
+        host, self.entered[mac] = wait_for(entered, "the change", 60), address
         if acknowledged:
             wait_for(lambda: self.stored(mac, host), "the majority's word", 60)
             self.acknowledged[mac] = address
@@ -305,7 +305,7 @@ def no_space(chaos):
     assert leader.leads() and leader.registry()[mac]
     end_alarm(chaos)
     chaos.heal()
-    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+    chaos.acknowledged[mac] = chaos.entered[mac]
 
 
 @case("nobody leads until the page's commands end the alarm", seconds=PROMISE + ELECTION)
@@ -358,7 +358,7 @@ def change_in_the_last_moment_of_a_leader_that_is_cut_off(chaos):
     chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
     leader.cut("mgmt0", "up")
     chaos.heal()
-    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+    chaos.acknowledged[mac] = chaos.entered[mac]
 
 
 @case("another leads; what was changed on it in its last moment is handed over after its next boot")
@@ -375,7 +375,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     chaos.start_etcds(leader)
     leader.start_lead()
     chaos.heal()
-    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+    chaos.acknowledged[mac] = chaos.entered[mac]
 
 
 @case("another leads; its guest has network again within a minute of that, by both versions")
@@ -615,8 +615,8 @@ def soak(chaos, count, seconds):
             mac, changed = chaos.change(leader, acknowledged=False), time.monotonic()
             if second % 10 == 5:
                 wait_for(lambda mac=mac: mac in follower.registry(), "the change on a follower", 60)
-                there, address = time.monotonic() - changed, follower.registry()[mac]["ipv4"]
-                wait_for(lambda new=(mac, address): in_force(follower, *new), "the change in its guard", 60)
+                there = time.monotonic() - changed
+                wait_for(lambda new=(mac, chaos.entered[mac]): in_force(follower, *new), "the change in its guard", 60)
                 lags.append((there, time.monotonic() - changed))
         status, programs = leader.etcd_status(), (leader.etcd, leader.program, follower.program)
         print(
