@@ -244,7 +244,7 @@ def test_nftables_recipe_tells_who_was_dropped(machine, guests):
     take(guests[0], "10.83.0.66/24")
     assert not pings_from(guests[0], "10.83.0.66")
     told = machine.follow("examples/nftables/README.md", "nft list set")
-    assert re.search("10:66:6a:4c:a1:11 . .*. counter packets [1-9]", told) and '"name": "web"' in told
+    assert re.search("10:66:6a:4c:a1:11 . .*. counter packets [1-9]", told)
 
 
 def test_nftables_recipe_enters_a_fixed_address(machine):

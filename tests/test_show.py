@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from runpy import run_path
 
 import pytest
 from conftest import PROGRAMS, need
@@ -117,6 +118,7 @@ def sending(client, address, to="10.83.0.1"):
 def test_guest_with_a_wrong_address_is_told_which_and_whose_and_how_it_gets_it(shown):
     """Another's, and nobody's, of both versions. Each remedy is followed, and then the guest reaches the host."""
     own, others = shown.web.addresses("10.")[0], shown.db.addresses("10.")[0]
+    shown.update("--allow", "web", "10.83.0.50")
     for address, whose, host in (
         (others, "db's", "10.83.0.1"),
         ("10.83.0.60", "nobody's", "10.83.0.1"),
@@ -124,13 +126,15 @@ def test_guest_with_a_wrong_address_is_told_which_and_whose_and_how_it_gets_it(s
     ):
         with sending(shown.web, address, host):
             said = wait_for(lambda: address in (text := shown.show("web")[0]) and text, "what it sends")  # noqa: B023
-            assert "): with an address that is not the sender's own\n" in said
+            assert "): with an address, IP or MAC, that is not its sender's\n" in said
             assert f"  it sends from {address}, which is {whose}. If it is to have that: '" in said
             remedy = re.search("have that: '(.*)'", said)[1]
             shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split())
             reached = ["ping", "-c", "1", "-W", "1", "-I", address, host]
             wait_for(lambda: shown.web.run(*reached, check=False).returncode == 0, "an answer")  # noqa: B023
         assert shown.show(address)[0].startswith(f"web: {WEB}")
+    assert shown.show("10.83.0.50")[0].startswith(f"web: {WEB}")
+    assert "  for two seconds it has sent from no such IP address" in shown.show("web")[0]
     shown.update("--allow", "web")
     shown.update("add", WEB, own)
     shown.update("add", DB, others)
@@ -142,15 +146,23 @@ def test_sender_that_is_not_registered_is_shown_and_how_to_register_it(shown):
     stranger = shown.client("stranger", STRANGER)
     with sending(stranger, "10.83.0.61"):
         said = wait_for(lambda: "10.83.0.61" in (text := shown.show(STRANGER)[0]) and text, "what it sends")
-        assert said.startswith(f"{STRANGER}: {STRANGER} is not registered in ") and "frames (not registered)" in said
+        assert said.startswith(f"{STRANGER} is not registered in ") and "frames (not registered)" in said
         assert f"(not registered)  {STRANGER}  {stranger.port}" in shown.show()[0]
         shown.update("add", "10:66:6a:4c:a1:78", "10.83.0.78", "moved")
-        assert f"another MAC address now: {STRANGER} is dropped, and not registered" in shown.show("moved")[0]
+        assert (
+            f"another MAC address now, not registered and dropped: see 'instances-show {STRANGER}'"
+            in shown.show("moved")[0]
+        )
         remedy = re.search("have that: '(.*)'", said)[1]
         shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split(), "known")
         reached = ["ping", "-c", "1", "-W", "1", "-I", "10.83.0.61", "10.83.0.1"]
         wait_for(lambda: stranger.run(*reached, check=False).returncode == 0, "an answer")
     assert shown.show("10.83.0.61")[0].startswith(f"known: {STRANGER} in ")
+
+
+def test_each_reason_of_the_guard_is_explained(process, monkeypatch):
+    monkeypatch.setenv("PATH", f"{SHOW}:{TOP}:/usr/bin:/bin")
+    assert run_path(SHOW / "instances-check")["REASONS"].keys() == set(process.REASONS)
 
 
 def test_guest_that_asks_too_often_is_told(shown):
