@@ -24,7 +24,7 @@ mount -t proc proc "$root/proc"
 chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
     rm -f /etc/apt/apt.conf.d/docker-clean
     apt-get update
-    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown udhcpc isc-dhcp-client bind9-dnsutils dnsmasq-base \
+    apt-get install -y --no-install-recommends systemd-sysv dbus ifupdown udhcpc iputils-ping isc-dhcp-client bind9-dnsutils dnsmasq-base \
         unbound dns-root-data kea-dhcp4-server kea-dhcp6-server network-manager procps
     $(printf '%s\n' "$installing" | grep -o 'apt-get install [^#]*' | sed 's/install/install --download-only/')
     systemd-machine-id-setup" >"$folder/log" 2>&1 || { tail -n 5 "$folder/log" >&2; cannot "no packages"; }
@@ -143,7 +143,9 @@ no_bridge
 run systemctl start NetworkManager
 until_true 10 "NetworkManager" nmcli device
 ping_host
+follow 'ip -batch'
 follow 'nmcli'
+until_true 20 "NetworkManager" sh -c 'nmcli -t -f DEVICE,STATE device | grep ^br0:connected$ && [ $(wc -l </run/pings) -gt 40 ]'
 is_bridge
 none_lost NetworkManager
 run systemctl stop NetworkManager
@@ -161,6 +163,7 @@ until_true 10 "the program" systemctl is-active instances-snoop
 follow 'bridge fdb'
 run cat /var/lib/misc/instances.json >"$folder/registry"
 [ "$(grep -c '"ipv4": "192.168.1.1[0-9][0-9]"' "$folder/registry")" -eq 3 ] || { cp "$folder/registry" "$folder/output"; failed "entered"; }
+run nft flush set bridge instances instances_dropped # they answered before they were registered
 run sh -c 'kill -USR1 $(cat /run/web.pid /run/db.pid /run/cache.pid)'
 for guest in web db cache; do
     until_true 20 "the name $guest" sh -c "dig +short +timeout=1 @192.168.1.5 $guest.instance.internal | grep 192.168.1.1"
