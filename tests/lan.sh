@@ -14,8 +14,7 @@ if [ "${1-}" != inside ]; then
     for_each_boot "$@"
 fi
 
-page=examples/lan/README.md
-installing=$(block "$page" 'apt-get install')
+installing=$(block examples/lan/README.md 'apt-get install')
 step "a root"
 make_root
 add_project
@@ -98,14 +97,15 @@ until_true() {
         sleep 0.2
     done
 }
-# follow WORDS: run the page's block that has these words
+# follow PAGE WORDS: run the block that has these words
 follow() {
-    commands=$(block "$page" "$1")
-    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $1"
+    commands=$(block "$@")
+    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $2"
 }
 # ping_host: the LAN's machine pings the host from now on. none_lost: not one was lost since then
 ping_host() { run sh -c 'ip netns exec pc ping -n -i 0.05 192.168.1.5 >/run/pings 2>&1 & echo $! >/run/pings.pid'; }
 none_lost() {
+    until_true 10 "pings" sh -c '[ $(wc -l </run/pings) -gt 60 ]'
     run sh -c 'kill -INT $(cat /run/pings.pid); sleep 0.5; tail -n 3 /run/pings' >"$folder/output"
     grep -q ' 0% packet loss' "$folder/output" || failed "pings are lost: $1"
     say "$1: $(grep -o '.*received' "$folder/output")"
@@ -127,8 +127,8 @@ until_true 10 "the host" ip netns exec pc ping -c 1 -W 1 192.168.1.5
 
 step "the bridge: with networkd, by itself at its start, with NetworkManager, with ifupdown"
 ping_host
-follow 'br0.netdev'
-follow 'ip -batch'
+follow examples/lan/README.md 'br0.netdev'
+follow examples/lan/README.md 'ip -batch'
 run systemctl start systemd-networkd
 until_true 20 "networkd" sh -c 'networkctl status br0 | grep configured && networkctl status eth0 | grep enslaved'
 is_bridge
@@ -143,24 +143,34 @@ no_bridge
 run systemctl start NetworkManager
 until_true 10 "NetworkManager" nmcli device
 ping_host
-follow 'ip -batch'
-follow 'nmcli'
-until_true 20 "NetworkManager" sh -c 'nmcli -t -f DEVICE,STATE device | grep ^br0:connected$ && [ $(wc -l </run/pings) -gt 40 ]'
+follow examples/lan/README.md 'ip -batch'
+follow examples/lan/README.md 'nmcli'
+until_true 20 "NetworkManager" sh -c 'nmcli -t -f DEVICE,STATE device | grep ^eth0:connected$'
 is_bridge
 none_lost NetworkManager
 run systemctl stop NetworkManager
 no_bridge
-ping_host
-follow 'interfaces.d'
-follow 'ip -batch'
+run systemctl start NetworkManager
 is_bridge
+run systemctl stop NetworkManager
+no_bridge
+ping_host
+follow examples/lan/README.md 'interfaces.d'
+follow examples/lan/README.md 'ip -batch'
+is_bridge
+none_lost ifupdown
+no_bridge
+run ip address flush dev eth0
+run ifup br0
+is_bridge
+ping_host
 
 step "registry, names, guard"
 for guest in 1:web 2:db 3:cache; do run sh /root/guest "${guest#*:}" "0${guest%:*}"; done
 until_true 20 "leases" sh -c '[ "$(for g in web db cache; do ip -n $g -o -4 address show eth0; done | wc -l)" -eq 3 ]'
-follow 'apt-get install'
+follow examples/lan/README.md 'apt-get install'
 until_true 10 "the program" systemctl is-active instances-snoop
-follow 'bridge fdb'
+follow examples/lan/README.md 'bridge fdb'
 run cat /var/lib/misc/instances.json >"$folder/registry"
 [ "$(grep -c '"ipv4": "192.168.1.1[0-9][0-9]"' "$folder/registry")" -eq 3 ] || { cp "$folder/registry" "$folder/output"; failed "entered"; }
 run nft flush set bridge instances instances_dropped # they answered before they were registered
@@ -171,7 +181,7 @@ done
 [ -z "$(run dig +short @192.168.1.5 www.example.org)" ] || fail "it answers other questions"
 run nft list set bridge instances instances_dropped >"$folder/output"
 not grep -q counter\ packets "$folder/output" || failed "would be dropped"
-follow '/^INSTANCES_GUARD=/d'
+follow examples/lan/README.md '/^INSTANCES_GUARD=/d'
 run ip -n db address add 192.168.1.50/24 dev eth0
 not run ip netns exec db ping -c 1 -W 1 -I 192.168.1.50 192.168.1.5 >/dev/null || fail "a guest is the LAN's machine"
 run ip -n db address delete 192.168.1.50/24 dev eth0
@@ -181,7 +191,7 @@ step "the router finds the names: dnsmasq, unbound"
 ask() { run ip netns exec pc dig +short +timeout=1 +tries=1 @192.168.1.1 web.instance.internal; }
 [ -z "$(ask)" ] || fail "without the lines"
 run sh -c 'kill $(cat /run/router.pid); sleep 0.5'
-for line in $(block "$page" 'rebind-domain-ok'); do lines="${lines-} --$line"; done
+for line in $(block examples/lan/README.md 'rebind-domain-ok'); do lines="${lines-} --$line"; done
 # shellcheck disable=SC2086 # options
 run sh /root/serve $lines
 ask | grep -q '^192\.168\.1\.1' || fail "dnsmasq as the router"
@@ -204,8 +214,45 @@ run sh -euc 'pkill -x unbound; sleep 0.5; sed "s/10.83.0.1/192.168.1.5/" /root/i
 ask | grep -q '^192\.168\.1\.1' || fail "unbound as the router"
 
 step "a guest that is gone"
-follow 'printf "%%s'
+follow examples/lan/README.md 'printf "%%s'
 [ "$(run instances-release 10:66:6a:4c:a2:03)" = 10:66:6a:4c:a2:03 ] || fail "instances-release"
-none_lost "ifupdown, and all the page"
+none_lost "all the page"
+
+step "Kea: as the router, and on this host"
+run sh -euc 'kill $(cat /run/router.pid); pkill -x unbound; mkdir -p /run/kea /run/lock/kea
+    for version in 4 6; do
+        [ $version = 4 ] && net=192.168.1. prefix=24 || net=fd12:3456:789a:1:: prefix=64
+        for interface in eth0 br0; do
+            cat >/etc/kea/$interface-$version.conf <<END
+{"Dhcp$version": {"interfaces-config": {"interfaces": ["$interface"]}, "lease-database": {"type": "memfile", "persist": false},
+ "valid-lifetime": 600, "subnet$version": [{"id": 1, "interface": "$interface", "subnet": "${net%.}$([ $version = 6 ] || echo .0)/$prefix",
+ "pools": [{"pool": "${net}150 - ${net}199"}]}]}}
+END
+        done
+    done'
+run sh -euc 'for version in 4 6; do ip netns exec router kea-dhcp$version -c /etc/kea/eth0-$version.conf >/run/kea.log 2>&1 & done'
+# joins NAME NUMBER: a guest that has leases of both versions from Kea
+joins() {
+    run sh /root/guest "$1" "$2"
+    until_true 20 "DHCP of $1" sh -c "grep -F '\"ipv4\": \"192.168.1.1' /var/lib/misc/instances.json | wc -l | grep -x $3"
+    run sh -euc "ip -n $1 -6 address show dev eth0 scope link; echo 'send fqdn.fqdn \"$1\";' >/run/$1.conf
+        ip netns exec $1 dhclient -6 -cf /run/$1.conf -lf /run/$1.leases -pf /run/$1.pid6 -sf /root/script6 eth0"
+    until_true 20 "DHCPv6 of $1" grep -A 5 "\"name\": \"$1\"" /var/lib/misc/instances.json
+    grep -q '"ipv6_ula": "fd12:3456:789a:1::1[5-9]' "$folder/output" || failed "an IPv6 lease of $1"
+    run ip netns exec "$1" ping -q -c 1 -W 1 192.168.1.50 >/dev/null || failed "$1 is cut off"
+}
+run sh -c 'printf "#!/bin/sh\ncase \$reason in BOUND6) ip address replace \$new_ip6_address/64 dev eth0 ;; esac\n" >/root/script6
+    chmod 755 /root/script6'
+joins mail 04 4
+run sh -euc 'pkill kea-dhcp; sed -i "s/^ExecStart=.*/ExecStart=instances-snoop br0/" /etc/systemd/system/instances-snoop.service
+    sed -i "s/^define server = .*/define server = \"none\"/" /etc/instances/bridge.nft
+    systemctl daemon-reload; systemctl restart instances-snoop; instances-apply
+    for version in 4 6; do kea-dhcp$version -c /etc/kea/br0-$version.conf >/run/kea.log 2>&1 & done' 2>"$folder/log"
+joins git 05 5
+
+step "undone"
+follow examples/lan/README.md 'disable --now instances-snoop'
+run sh -c 'ls /etc/systemd/system/instances-snoop.service /usr/local/sbin/instances-snoop 2>&1; systemctl is-active instances-snoop' >"$folder/output" || true
+grep -q inactive "$folder/output" && [ "$(grep -c 'No such' "$folder/output")" -eq 2 ] || failed "undone"
 
 step "as expected"

@@ -423,8 +423,9 @@ def test_networkd_is_a_router_too(lan):
     need(NETWORKD)
     config = lan.router.folder / "networkd"
     config.mkdir()
+    lan.router.run("ip", "address", "flush", "dev", "eth0", "to", f"{ROUTER4}/24")  # or it would configure it for ever
     text = "[Match]\nName=eth0\n[Network]\nKeepConfiguration=static\nDHCPServer=yes\nIPv6SendRA=yes\nIPv6AcceptRA=no\n"
-    text += f"Address={ROUTER4}/24\nAddress={PREFIX}fe/64\nAddress={ULA}fe/64\nAddress={NEW}fe/64\n"
+    text += f"Address={ROUTER4}/24\n"
     (config / "eth0.network").write_text(f"{text}[DHCPServer]\nPoolOffset=150\n[IPv6Prefix]\nPrefix={PREFIX}/64\n")
     commands = "mount -t tmpfs none /run; mkdir -p /run/systemd/network; mount --bind $0 /run/systemd/network"
     commands += f"; mount -o remount,ro /sys; SYSTEMD_LOG_TARGET=console exec {NETWORKD}"
