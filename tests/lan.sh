@@ -214,7 +214,7 @@ run sh -euc 'pkill -x unbound; sleep 0.5; sed "s/10.83.0.1/192.168.1.5/" /root/i
 ask | grep -q '^192\.168\.1\.1' || fail "unbound as the router"
 
 step "a guest that is gone"
-follow examples/lan/README.md 'printf "%%s'
+follow examples/lan/README.md 'chmod 755'
 [ "$(run instances-release 10:66:6a:4c:a2:03)" = 10:66:6a:4c:a2:03 ] || fail "instances-release"
 none_lost "all the page"
 
@@ -253,6 +253,6 @@ joins git 05 5
 step "undone"
 follow examples/lan/README.md 'disable --now instances-snoop'
 run sh -c 'ls /etc/systemd/system/instances-snoop.service /usr/local/sbin/instances-snoop 2>&1; systemctl is-active instances-snoop' >"$folder/output" || true
-grep -q inactive "$folder/output" && [ "$(grep -c 'No such' "$folder/output")" -eq 2 ] || failed "undone"
+{ grep -q inactive "$folder/output" && [ "$(grep -c 'No such' "$folder/output")" -eq 2 ]; } || failed "undone"
 
 step "as expected"
