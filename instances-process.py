@@ -719,6 +719,9 @@ def main(arguments):
     with locked(base):
         make_marker(base)  # there until all three files are made, also where a run by force is killed half-way
         registry = read_registry(base + ".json")
+        if os.path.exists(base + ".prefixes"):  # examples/lan learns them from the LAN's router
+            with open(base + ".prefixes") as file:
+                prefixes += map(slaac_prefix, file.read().split())
         instances, warnings = read_instances(registry)
         hosts, sets = hosts_text(instances, domains), sets_text(instances, names)
         chains = chains_text(instances, prefixes, "accept" if guard == "observe" else "drop")

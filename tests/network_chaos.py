@@ -36,7 +36,7 @@ class Chaos:
 
     def __init__(self, site, pingers):
         self.site, self.pingers, self.acknowledged, self.numbers = site, pingers, {}, itertools.count(1)
-        self.healed = None
+        self.entered, self.healed = {}, None
 
     @property
     def leader(self):
@@ -53,7 +53,7 @@ class Chaos:
             command = (sys.executable, UPDATE, "add", mac, address)
             return on.run(*command, env=environment(on.base), check=False).returncode == 0 and on
 
-        host = wait_for(entered, "the change", 60)
+        host, self.entered[mac] = wait_for(entered, "the change", 60), address
         if acknowledged:
             wait_for(lambda: self.stored(mac, host), "the majority's word", 60)
             self.acknowledged[mac] = address
@@ -305,7 +305,7 @@ def no_space(chaos):
     assert leader.leads() and leader.registry()[mac]
     end_alarm(chaos)
     chaos.heal()
-    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+    chaos.acknowledged[mac] = chaos.entered[mac]
 
 
 @case("nobody leads until the page's commands end the alarm", seconds=PROMISE + ELECTION)
@@ -358,7 +358,7 @@ def change_in_the_last_moment_of_a_leader_that_is_cut_off(chaos):
     chaos.change(next(host for host in chaos.site.others(leader) if host.leads()))
     leader.cut("mgmt0", "up")
     chaos.heal()
-    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+    chaos.acknowledged[mac] = chaos.entered[mac]
 
 
 @case("another leads; what was changed on it in its last moment is handed over after its next boot")
@@ -375,7 +375,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     chaos.start_etcds(leader)
     leader.start_lead()
     chaos.heal()
-    chaos.acknowledged[mac] = leader.registry()[mac]["ipv4"]
+    chaos.acknowledged[mac] = chaos.entered[mac]
 
 
 @case("another leads; its guest has network again within a minute of that, by both versions")
@@ -579,17 +579,32 @@ def cost(process):
     return sum(map(int, stat[11:15])) / os.sysconf("SC_CLK_TCK"), int(memory)
 
 
+def idle(chaos, seconds=30):
+    """Print what an hour without a change costs each host."""
+    chaos.settle()
+    processes = {
+        (h.letter, name): p for h in chaos.site.hosts for name, p in (("program", h.program), ("etcd", h.etcd))
+    }
+    before = {key: cost(process)[0] for key, process in processes.items()}
+    time.sleep(seconds)
+    for key, process in processes.items():
+        used, memory = cost(process)
+        print(f"{' '.join(key)}: {(used - before[key]) * 3600 / seconds:.0f} s an hour, {memory / 1024:.0f} MiB")
+
+
 def soak(chaos, count, seconds):
     """Make a change each second; print a line of what it costs each minute."""
     import test_network
 
-    leader = chaos.leader
+    idle(chaos)
+    leader, led = chaos.leader, leads(chaos.site)
     test_network.fill(leader, count)
     begun = time.monotonic()
     wait_for(lambda: all(len(host.registry()) > count for host in chaos.site.hosts), "the instances on all", 120)
     print(f"{count} instances: on all hosts after {time.monotonic() - begun:.1f} s")
     follower = chaos.site.others(leader)[0]
-    print("| minute | lag, median and maximum | etcd's file, in use | its memory | the leader's and a follower's |")
+    wait_for(lambda: not Path(f"{follower.base}.updated").exists(), "the guard of a follower", 120)
+    print("minute | a change is in a follower's registry; guard: median, maximum | etcd's file, in use | memory")
     begun = time.monotonic()
     for minute in range(seconds // 60):
         lags, mac = [], None
@@ -599,14 +614,26 @@ def soak(chaos, count, seconds):
                 leader.update("--remove", mac)
             mac, changed = chaos.change(leader, acknowledged=False), time.monotonic()
             if second % 10 == 5:
-                address = leader.registry()[mac]["ipv4"]
-                wait_for(lambda new=(mac, address): in_force(follower, *new), "in force", 60)
-                lags.append(time.monotonic() - changed)
-        status = leader.etcd_status()
-        size = f"{status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB"
-        memory = [f"{cost(p)[1] / 1024:.0f}" for p in (leader.etcd, leader.program, follower.program)]
-        lag = f"{sorted(lags)[len(lags) // 2]:.2f}, {max(lags):.2f} s of {len(lags)}"
-        print(f"| {minute + 1} | {lag} | {size} | {memory[0]} MiB | {memory[1]}, {memory[2]} MiB |", flush=True)
+                wait_for(lambda mac=mac: mac in follower.registry(), "the change on a follower", 60)
+                there = time.monotonic() - changed
+                wait_for(lambda new=(mac, chaos.entered[mac]): in_force(follower, *new), "the change in its guard", 60)
+                lags.append((there, time.monotonic() - changed))
+        status, programs = leader.etcd_status(), (leader.etcd, leader.program, follower.program)
+        print(
+            f"{minute + 1}:",
+            *(f"{sorted(lag)[len(lag) // 2]:.2f}, {max(lag):.2f} s" for lag in zip(*lags)),
+            sep=" | ",
+            end="",
+        )
+        print(f" | {status['dbSize'] / 1e6:.1f}, {status['dbSizeInUse'] / 1e6:.1f} MB", end="")
+        print(
+            "",
+            *(f"{cost(p)[1] / 1024:.0f} MiB" for p in programs),
+            f"load {os.getloadavg()[0]:.0f}",
+            sep=" | ",
+            flush=True,
+        )
+    print(f"a host began to lead {leads(chaos.site) - led} times")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from lab import APPLY, EDIT, EXAMPLES, PROCESS, TOP, UPDATE, block, bound, envir
 FOLDER = EXAMPLES / "debian"
 DEBIAN = FOLDER / "debian"
 PROGRAMS = (UPDATE, PROCESS, APPLY, EDIT, EXAMPLES / "show" / "instances-show")
-PARTS = (EXAMPLES / "show" / "instances-facts", EXAMPLES / "show" / "instances-check")  # have no page of their own
+CHECK = EXAMPLES / "show" / "instances-check"  # has no page of its own
 pytestmark = pytest.mark.slow
 VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")
 DEFAULTS = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
@@ -42,7 +42,7 @@ def built(tmp_path_factory):
 
 
 def test_package_has_the_scripts_with_debians_python(built):
-    for program in PROGRAMS + PARTS:
+    for program in (*PROGRAMS, CHECK):
         installed = built / "root" / "usr" / "sbin" / program.name
         assert installed.stat().st_mode & 0o777 == 0o755
         first, *rest = installed.read_text().splitlines()

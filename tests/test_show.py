@@ -1,8 +1,10 @@
-"""instances-show, instances-check and instances-facts, on a guarded host with a real dnsmasq and real guests."""
+"""instances-show, on a guarded host with a real dnsmasq and real guests."""
 
+import contextlib
 import json
 import re
 import shutil
+from runpy import run_path
 
 import pytest
 from conftest import PROGRAMS, need
@@ -22,7 +24,7 @@ class Shown(Host):
     def __init__(self, folder):
         super().__init__(folder)
         self.etc, self.bin = make_etc(folder / "etc"), folder / "bin"
-        for place in (self.etc / "default", self.etc / "libvirt" / "hooks", self.bin, folder / "run"):
+        for place in (self.etc / "default", self.bin, folder / "run"):
             place.mkdir(parents=True)
         programs = (self.bin, TOP, APPLY.parent, SHOW, EXAMPLES / "incus")
         self.path = ":".join(map(str, [*programs, "/usr/sbin", "/usr/bin", "/sbin", "/bin"]))
@@ -82,7 +84,7 @@ def test_table_has_a_line_for_each_instance(shown):
     assert status == 0 and heads.startswith("NAME  MAC ADDRESS ")
     assert [line.split()[0] for line in lines[:3]] == ["db", "host", "web"]
     address, port = shown.web.addresses("10.")[0], shown.web.port
-    assert re.fullmatch(rf"web +{WEB} +{port} +in 11 h +(\d+ +)?{address}.*", lines[2])
+    assert re.fullmatch(rf"web +{WEB} +{port} +\d\d \w{{3}} \d\d:\d\d +(\d+ +)?{address}.*", lines[2])
     assert f"{HOST_MAC}  br0 " in lines[1] and lines[1].endswith("10.83.0.1 2001:67c:83::1 fd83:5eed::1")
 
 
@@ -91,7 +93,7 @@ def test_instance_is_found_by_whatever_one_has_of_it(shown):
     for text in ("WEB", WEB.upper(), shown.web.addresses("10.")[0], "10.99.0.7", shown.web.addresses("fe80")[0]):
         said, status = shown.show(text)
         assert status == 0 and said.startswith(f"web: {WEB} in ") and said.count(" in /") == 1, text
-    assert "  may also send from: 10.99.0.0/24\n" in said and f"  port: {shown.web.port}, seen " in said
+    assert "  may also send from: 10.99.0.0/24\n" in said and f"  port: {shown.web.port}, heard " in said
     said, status = shown.show("nobody")
     assert (said, status) == ("instances-show: nobody: nobody has it, and nothing was dropped of it\n", 1)
 
@@ -103,29 +105,64 @@ def test_address_that_a_guest_made_itself_is_found(shown):
     assert said.startswith(f"db: {DB} ") and "  uses by itself: fe80::db\n" in said
 
 
-def test_guest_that_claims_another_address_is_told_how_it_gets_it(shown):
-    """The remedy is followed: the address is db's, and then web's."""
-    address = shown.db.addresses("10.")[0]
-    arp(shown.web, address)
-    said = wait_for(lambda: (text := shown.show("web")[0]).count("ARP address") and text, "a drop")
-    assert "  dropped: 1 frames (ARP address): ARP with an address of another" in said
-    remedy = re.search("'(DNSMASQ_MAC=.*?)'", said)[1].replace("ADDRESS", "10.83.0.200").split()
-    shown.update(*remedy[2:], DNSMASQ_MAC=remedy[0].partition("=")[2])
-    assert shown.show("10.83.0.200")[0].startswith(f"web: {WEB}")
-    shown.update("add", WEB, shown.web.addresses("10.")[0])
+@contextlib.contextmanager
+def sending(client, address, to="10.83.0.1"):
+    """Have a guest use an address, and send from it."""
+    client.run("ip", "address", "add", f"{address}/{80 if ':' in address else 24}", "dev", "eth0", "nodad")
+    ping = client.start("ping", "-q", "-i", "0.2", "-I", address, to)
+    yield
+    client.stop(ping)
+    client.run("ip", "address", "delete", f"{address}/{80 if ':' in address else 24}", "dev", "eth0")
+
+
+def test_guest_with_a_wrong_address_is_told_which_and_whose_and_how_it_gets_it(shown):
+    """Another's, and nobody's, of both versions. Each remedy is followed, and then the guest reaches the host."""
+    own, others = shown.web.addresses("10.")[0], shown.db.addresses("10.")[0]
+    shown.update("--allow", "web", "10.83.0.50")
+    for address, whose, host in (
+        (others, "db's", "10.83.0.1"),
+        ("10.83.0.60", "nobody's", "10.83.0.1"),
+        ("fd83:5eed::60", "nobody's", "fd83:5eed::1"),
+    ):
+        with sending(shown.web, address, host):
+            said = wait_for(lambda: address in (text := shown.show("web")[0]) and text, "what it sends")  # noqa: B023
+            assert "): with an address, IP or MAC, that is not its sender's\n" in said
+            assert f"  it sends from {address}, which is {whose}. If it is to have that: '" in said
+            remedy = re.search("have that: '(.*)'", said)[1]
+            shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split())
+            reached = ["ping", "-c", "1", "-W", "1", "-I", address, host]
+            wait_for(lambda: shown.web.run(*reached, check=False).returncode == 0, "an answer")  # noqa: B023
+        assert shown.show(address)[0].startswith(f"web: {WEB}")
+    assert shown.show("10.83.0.50")[0].startswith(f"web: {WEB}")
+    assert "  for two seconds it has sent from no such IP address" in shown.show("web")[0]
+    shown.update("--allow", "web")
+    shown.update("add", WEB, own)
+    shown.update("add", DB, others)
+    shown.run("ip", "neighbour", "flush", "dev", "br0")
 
 
 def test_sender_that_is_not_registered_is_shown_and_how_to_register_it(shown):
     """So is a guest that has another MAC address than before."""
-    arp(stranger := shown.client("stranger", STRANGER), "10.83.0.60")
-    said = wait_for(lambda: (text := shown.show(STRANGER))[1] == 0 and text[0], "a drop")
-    assert said.startswith(f"{STRANGER} is not registered in ") and "1 frames (not registered)" in said
-    assert f"(not registered)  {STRANGER}  {stranger.port}" in shown.show()[0]
-    shown.update("add", "10:66:6a:4c:a1:78", "10.83.0.78", "moved")
-    assert f"another MAC address now; dropped and not registered: {STRANGER}" in shown.show("moved")[0]
-    remedy = re.search("'(DNSMASQ_MAC=.*?)'", said)[1].replace("ADDRESS NAME", "10.83.0.60 known").split()
-    shown.update(*remedy[2:])
-    assert shown.show("10.83.0.60")[0].startswith(f"known: {STRANGER} in ")
+    stranger = shown.client("stranger", STRANGER)
+    with sending(stranger, "10.83.0.61"):
+        said = wait_for(lambda: "10.83.0.61" in (text := shown.show(STRANGER)[0]) and text, "what it sends")
+        assert said.startswith(f"{STRANGER} is not registered in ") and "frames (not registered)" in said
+        assert f"(not registered)  {STRANGER}  {stranger.port}" in shown.show()[0]
+        shown.update("add", "10:66:6a:4c:a1:78", "10.83.0.78", "moved")
+        assert (
+            f"another MAC address now, not registered and dropped: see 'instances-show {STRANGER}'"
+            in shown.show("moved")[0]
+        )
+        remedy = re.search("have that: '(.*)'", said)[1]
+        shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split(), "known")
+        reached = ["ping", "-c", "1", "-W", "1", "-I", "10.83.0.61", "10.83.0.1"]
+        wait_for(lambda: stranger.run(*reached, check=False).returncode == 0, "an answer")
+    assert shown.show("10.83.0.61")[0].startswith(f"known: {STRANGER} in ")
+
+
+def test_each_reason_of_the_guard_is_explained(process, monkeypatch):
+    monkeypatch.setenv("PATH", f"{SHOW}:{TOP}:/usr/bin:/bin")
+    assert run_path(SHOW / "instances-check")["REASONS"].keys() == set(process.REASONS)
 
 
 def test_guest_that_asks_too_often_is_told(shown):
@@ -153,8 +190,8 @@ def test_rules_that_somebody_flushed(shown):
     shown.db.run("ip", "address", "add", "10.83.0.77/24", "dev", "eth0")
     shown.db.run("ping", "-c", "1", "-I", "10.83.0.77", "10.83.0.1")
     lines = shown.faults()
-    assert f"{shown.rules}: is not in force as it stands: run 'instances-apply'" in lines
-    assert f"{DB} has 10.83.0.77 on br0, which is not its own" in lines
+    assert f"{shown.rules} is not in force as it stands: run 'instances-apply'" in lines
+    assert f"{DB} has 10.83.0.77 on br0, which is not its own: see 'instances-show {DB}'" in lines
     shown.db.run("ip", "address", "delete", "10.83.0.77/24", "dev", "eth0")
     shown.run("ip", "neighbour", "flush", "dev", "br0")
     shown.run(*shown.applying())
@@ -173,7 +210,8 @@ def test_rules_for_a_bridge_that_is_not_there(shown):
 def test_rule_file_that_can_not_be_loaded(shown):
     broken = shown.rules.with_name("broken.nft")
     broken.write_text("table inet broken { }\n")
-    assert f"{broken}: can't be put in force: add 'table inet broken'" in shown.faults()
+    assert f"{broken} is not in force as it stands: run 'instances-apply'" in shown.faults()
+    assert "not loaded" in shown.run(*shown.applying(), check=False).stderr
     broken.unlink()
 
 
@@ -233,12 +271,12 @@ def test_prefix_in_which_guests_make_addresses_for_themselves(shown):
 def test_dnsmasq_that_has_no_names_or_does_not_tell_of_leases_or_is_stopped(shown):
     text = shown.config.read_text()
     shown.stop_dnsmasq()
-    assert "10.83.0.1 does not answer for names" in shown.faults()
+    assert "10.83.0.1 does not give db's address: 'systemctl status dnsmasq'" in shown.faults()
     shown.config.write_text(re.sub("^(dhcp-script|hostsdir)=.*\n", "", text, flags=re.MULTILINE))
     shown.start_dnsmasq(config=shown.config)
     lines = shown.faults()
-    assert "the dnsmasq that serves br0 tells the registry of no lease" in lines
-    assert re.search("10.83.0.1 does not give the addresses of db, .*web", lines)
+    assert "the dnsmasq that serves br0 reports no lease to the registry" in lines
+    assert "10.83.0.1 does not give db's address" in lines
     shown.stop_dnsmasq()
     shown.config.write_text(text)
     shown.start_dnsmasq(config=shown.config)
@@ -259,10 +297,9 @@ def test_guests_that_can_take_another_mac_address(shown):
         (shown.bin / name).chmod(0o755)
     for name, content in (("list", answer([filtered, bare])), ("one", answer({})), ("asked", ""), ("xml", xml)):
         (shown.bin / name).write_text(content)
-    shutil.copy(EXAMPLES / "libvirt" / "qemu", shown.etc / "libvirt" / "hooks" / "qemu")
     lines = shown.faults()
     assert f"{WEB} web: without security.mac_filtering it can be anybody" in lines
-    assert lines.count("can be anybody") == 2 and f"{DB} db: without libvirt's filter" in lines
+    assert lines.count("can be anybody") == 2 and f"{DB}: without libvirt's filter" in lines
     registry.write_text(text)
 
 
@@ -276,17 +313,19 @@ def test_only_printable_text_is_shown_of_what_others_wrote(shown, tmp_path):
     }
     registry = tmp_path / "instances.json"
     registry.write_text(json.dumps(instances | {DB: {"name": "db", "allowed": "no list", "ipv4": None}}))
-    leases = shown.folder / "dnsmasq.br0.leases"
-    text = leases.read_bytes()
-    leases.write_bytes(
-        text + f"9999999999 {DB} {bad.strip()} {bad} *\n0 {DB} 10.83.0.9 x *\n\xff 1 2\n".encode("latin-1", "replace")
-    )
-    for arguments in ((), (WEB,), ("db",), ("10.83.0.9",), ("--json",), ("--metrics",)):
-        command = shown.on_host("env", f"INSTANCES_BASE_PATH={tmp_path}/instances", "instances-show", *arguments)
-        result = shown.run(*command)
-        assert result.stderr == "" and result.stdout.replace("\n", "").isprintable() and result.stdout.isascii()
-    leases.write_bytes(text)
-    assert run("promtool", "check", "metrics", input=result.stdout).stdout == "" if shutil.which("promtool") else True
+    leases = f"9999999999 {DB} {bad.strip()} {bad} *\n0 {DB} 10.83.0.9 x *\n\xff 1 2\n{'9' * 5000} {DB} 1 2 3\n"
+    (tmp_path / "leases").write_bytes(leases.encode("latin-1", "replace"))
+    settings = shown.settings.with_name("instances-bad")
+    settings.write_text(f"INSTANCES_BASE_PATH={tmp_path}/instances\n")
+    for arguments in ((), (WEB,), ("db",), ("10.83.0.9",), ("--json",), ("--metrics",), ("--check",)):
+        result = shown.run(*shown.on_host("instances-show", *arguments), check=False)
+        assert result.returncode == (arguments in (("10.83.0.9",), ("--check",))), result.stderr
+        assert "Traceback" not in result.stderr
+        text = result.stdout + result.stderr
+        assert text.replace("\n", "").isprintable() and text.isascii()
+        if arguments == ("--metrics",) and shutil.which("promtool"):
+            assert run("promtool", "check", "metrics", input=text).stdout == ""
+    settings.unlink()
 
 
 def test_metrics_are_numbers_of_what_is_there(shown):
@@ -306,6 +345,35 @@ def test_metrics_are_numbers_of_what_is_there(shown):
         return 0 < float(found[0]) <= float(found[1])
 
     wait_for(in_force, "rules newer than the registry")
-    if shutil.which("promtool"):
-        assert run("promtool", "check", "metrics", input=text).stderr == ""
-        run("promtool", "check", "rules", SHOW / "instances.rules.yml")
+
+
+# Samples of each minute, and which alerts there are later
+ALERTS = """
+rule_files: [{rules}]
+tests:
+  - interval: 1m
+    input_series:
+      - series: 'instances_registry_timestamp_seconds{{registry="r"}}'
+        values: '100x3 200x8 200x20'
+      - series: 'instances_in_force_timestamp_seconds{{registry="r"}}'
+        values: '100x11 210x20'
+      - series: 'instances_dropped_frames_total{{registry="r",mac="m",name="web",reason="ARP address"}}'
+        values: '0x1 0+120x30'
+    promql_expr_test:
+      - {{expr: &firing 'ALERTS{{alertstate="firing"}}', eval_time: 5m, exp_samples: []}}
+      - {{expr: *firing, eval_time: 8m, exp_samples: [{{labels: '{first}', value: 1}}]}}
+      - {{expr: *firing, eval_time: 25m, exp_samples: [{{labels: '{second}', value: 1}}]}}
+"""
+FIRST = 'ALERTS{alertname="InstancesNotInForce",alertstate="firing",registry="r"}'
+SECOND = 'ALERTS{alertname="InstancesDropped",alertstate="firing",mac="m",name="web",registry="r"}'
+
+
+def test_prometheus_takes_the_numbers_and_alerts(shown, tmp_path):
+    need("promtool")
+    text = shown.show("--metrics")[0]
+    assert "instances_registered" in text and run("promtool", "check", "metrics", input=text).stdout == ""
+    rules = SHOW / "instances.rules.yml"
+    run("promtool", "check", "rules", rules)
+    tests = tmp_path / "tests.yml"
+    tests.write_text(ALERTS.format(rules=rules, first=FIRST, second=SECOND))
+    run("promtool", "test", "rules", tests)

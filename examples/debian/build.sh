@@ -27,7 +27,7 @@ cp examples/systemd/instances.service examples/systemd/instances.timer debian/
 # Where a package's programs are, and its Python
 sed -i 's|/usr/local/sbin/instances|/usr/sbin/instances|' debian/instances.service examples/dnsmasq/br0.conf
 sed -i '1s|^#!/usr/bin/env python3$|#!/usr/bin/python3|' instances-update.py instances-process.py \
-    examples/systemd/instances-apply examples/systemd/instances-edit examples/show/instances-[sfc]*
+    examples/systemd/instances-apply examples/systemd/instances-edit examples/show/instances-[cs]*
 
 # Links to what the package does not have, in the pages that it has
 sed -i 's,\[\([^]]*\)\](\(\.\./\)*\(tests\|LICENSE\|debian/c\)[^)]*),\1,g' README.md examples/README.md examples/*/README.md

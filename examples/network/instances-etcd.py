@@ -182,7 +182,8 @@ class Store:
             registry = {mac: i for mac, i in old.items() if self.folder + part_of(mac) not in changed}
             for part in changed.values():
                 registry |= part
-            if registry and history and digest(registry) == history.get("digest"):
+            valid = registry and all(isinstance(instance, dict) for instance in registry.values())
+            if valid and history and digest(registry) == history.get("digest"):
                 return history, registry, int(answer["header"]["revision"])
         raise Invalid("not taken from etcd: its instances are not those of its history")
 

@@ -117,6 +117,19 @@ until_true 30 "the guest's name" sh -c "$name"
 asked=$(run cat /run/guest | wc -l)
 guest_is guarded
 
+step "instances-show: who the guest is, and from which address it sends; nothing is wrong; numbers by the page of examples/show"
+run sh -c 'instances-show --check | grep -x "nothing is wrong"' || { run instances-show --check; fail "faults"; }
+until_true 10 "why it is dropped" sh -c "instances-show web | grep -q \"sends from 10.83.0.66, which is nobody's\""
+run sh -c 'instances-show web | grep -q "port: guest0, heard"' || fail "its port"
+run mkdir -p /var/lib/prometheus/node-exporter
+run sh -euc "cd /root/instances/examples/show; $(block examples/show/README.md 'enable --now instances-metrics.timer')"
+run grep -q '^instances_registered.* 2$' /var/lib/prometheus/node-exporter/instances.prom || fail "numbers"
+run rm /var/lib/prometheus/node-exporter/instances.prom
+until_true 75 "the timer" test -s /var/lib/prometheus/node-exporter/instances.prom
+run systemctl disable --now instances-metrics.timer
+run rm /etc/systemd/system/instances-metrics.service /etc/systemd/system/instances-metrics.timer
+run rm -r /var/lib/prometheus
+
 step "a rule file that wants another setting, then the setting; then the file is edited, and taken away"
 run cp /root/instances/examples/nftables/firewall.nft /etc/instances/
 told 'firewall.nft: not loaded'

@@ -1,0 +1,619 @@
+"""Guests on a LAN whose router gives the addresses: what a program at the uplink registers, and what the guard stops.
+
+A switch has the router, two other machines and the host's uplink. The router is dnsmasq, systemd-networkd, or frames.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+
+import pytest
+from attacks import EVERYONE, HOST4, NODES, bootp, link_local, octets, own_duid, scapy
+from conftest import PROGRAMS, lock_held, need
+from hypothesis import given
+from hypothesis import strategies as st
+from lab import EXAMPLES, HOST_MAC, TOP, Host, environment, run, wait_for
+from test_clients import NETWORKD, Guest
+
+pytestmark = pytest.mark.slow
+SNOOP = EXAMPLES / "lan" / "instances-snoop"
+PREFIX, ULA, NEW = "2001:67c:83::", "fd83:5eed::", "2001:67c:84::"
+ROUTER4, PC4, SILENT4, SILENT6 = "10.83.0.254", "10.83.0.50", "10.83.0.51", f"{ULA}51"
+DHCP4 = "--dhcp-range=10.83.0.100,10.83.0.199,120"
+DHCP6 = f"--dhcp-range={ULA}100,{ULA}1ff,64,120"
+SLAAC, NEW_SLAAC = f"--dhcp-range={PREFIX},ra-only,64,120", f"--dhcp-range={NEW},ra-only,64,120"
+CLIENTS = ("dhclient", "udhcpc", "dhcpcd")
+ROUTERS = {  # the guests' clients, dnsmasq's options, how addresses begin that are in use, and that are leased
+    "DHCP": (CLIENTS, [DHCP4], ["10.83"], ["10.83"]),
+    "DHCPv6": (("dhclient6", "dhcpcd6", "networkd6"), [DHCP6], ["fd83"], ["fd83"]),
+    "SLAAC": (CLIENTS, [SLAAC], ["2001"], []),
+    "all": (CLIENTS, [DHCP4, DHCP6, SLAAC], ["10.83", "2001", "fd83"], ["10.83", "fd83"]),
+    "rapid": (("dhcpcd", "networkd"), [DHCP4, DHCP6, "--dhcp-rapid-commit"], ["10.83", "fd83"], ["10.83", "fd83"]),
+}
+
+
+class LanHost(Host):
+    """A host whose bridge has an uplink, and whose dnsmasq serves names only."""
+
+    def example(self, name: str) -> Path:
+        copy = super().example(name)
+        copy.write_text(re.sub('define (uplink|server) = "none"', r'define \1 = "up0"', copy.read_text()))
+        return copy
+
+    def start_dnsmasq(self, *_, **__) -> None:
+        super().start_dnsmasq(config=self.example("lan/lan.conf"))
+
+
+class Lan:
+    """The LAN and the host."""
+
+    def __init__(self, folder: Path):
+        for name in ("switch", "host"):
+            (folder / name).mkdir()
+        self.switch, self.server, self.count = Host(folder / "switch", (), mac="10:66:6a:4c:a1:ff"), None, 0
+        self.host = LanHost(folder / "host", (f"{HOST4}/24", f"{PREFIX}1/64", f"{ULA}1/64"))
+        uplink = ["up0", "type", "veth", "peer", "name", "lan0", "netns", self.switch.name]
+        self.host.run("ip", "link", "add", *uplink)
+        for node, port in ((self.host, "up0"), (self.switch, "lan0")):
+            node.run("ip", "link", "set", port, "master", "br0", "up")
+        machines = {
+            "router": (f"{ROUTER4}/24", f"{PREFIX}fe/64", f"{ULA}fe/64", f"{NEW}fe/64"),
+            "pc": (f"{PC4}/24", f"{ULA}50/64"),
+            "silent": (f"{SILENT4}/24", f"{SILENT6}/64"),
+        }
+        for number, (name, addresses) in enumerate(machines.items(), 1):
+            machine = self.switch.client(name, f"10:66:6a:4c:a1:0{number}")
+            machine.set("net/ipv6/conf/eth0/accept_ra", "0")
+            for address in addresses:
+                machine.run("ip", "address", "add", address, "dev", "eth0", *(["nodad"] if ":" in address else []))
+            setattr(self, name, machine)
+        self.host.start_guarded()
+        self.host.update("add", self.router.mac, ROUTER4, "router")
+        self.start()
+
+    def start(self, interface: str = "up0") -> None:
+        """Start the program; return when it listens."""
+        log = open(self.host.folder / "snoop.log", "w")
+        env = environment(self.host.base)
+        self.process = self.host.start(sys.executable, SNOOP, interface, env=env, stdout=log, stderr=log)
+        wait_for(lambda: " 0003 " in self.host.run("cat", "/proc/net/packet").stdout, "the program")
+
+    def said(self) -> str:
+        """Return what the program has said since it was started."""
+        return (self.host.folder / "snoop.log").read_text()
+
+    def guest(self, silent: bool = False):
+        """Return a guest with a MAC address of its own, its kernel silent or not."""
+        self.count += 1
+        guest = self.host.client(f"guest{self.count}", f"10:66:6a:4c:a2:{self.count:02x}", wait=not silent)
+        if silent:
+            guest.set("net/ipv6/conf/eth0/disable_ipv6", "1")
+            guest.run("ip", "link", "set", "eth0", "arp", "off")
+        return guest
+
+    def serve(self, *options: str) -> None:
+        """Start the router's dnsmasq, in place of what runs there."""
+        self.end_server()
+        self.log, leases = self.router.folder / "log", self.router.folder / "leases"
+        fixed = ["-d", "--conf-file=/dev/null", "--user=root", "--port=0", "--interface=eth0", "--bind-interfaces"]
+        fixed += ["--no-ping", "--dhcp-authoritative", "--enable-ra", "--pid-file", f"--dhcp-leasefile={leases}"]
+        command = ["dnsmasq", *fixed, "--ra-param=eth0,4", "--log-dhcp", *options]
+        self.server = self.router.start(*command, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+        wait_for(lambda: "started, version" in self.log.read_text(), "the router")
+
+    def end_server(self) -> None:
+        if self.server:
+            self.router.stop(self.server)
+        self.server = None
+
+    def settle(self) -> None:
+        """Do the service's work, so that it has none to do afterwards."""
+        self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
+
+    def prefixes(self) -> str:
+        """Return in which prefixes the guard lets guests make addresses."""
+        return self.host.run("nft", "list", "set", "bridge", "instances", "instances_prefixes").stdout
+
+    @contextlib.contextmanager
+    def without_guard(self):
+        """Let pass what is counted as dropped."""
+        self.host.run("nft", "flush", "chain", "bridge", "instances", "instances_verdict")
+        try:
+            yield
+        finally:
+            self.host.run("nft", "add", "rule", "bridge", "instances", "instances_verdict", "drop")
+
+    def close(self) -> None:
+        self.host.close()
+        self.switch.close()
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    need(*PROGRAMS)
+    lan = Lan(tmp_path_factory.mktemp("lan"))
+    try:
+        yield lan
+    finally:
+        lan.close()
+
+
+@pytest.fixture
+def lan(network):
+    """The LAN, without a server."""
+    yield network
+    network.end_server()
+
+
+def in_use(guest, *prefixes: str) -> list[str]:
+    """Wait for an address that begins so of each kind, with which the guest reaches the router and the host."""
+    others = {"10.83": (ROUTER4, HOST4), "2001": (f"{PREFIX}fe", f"{PREFIX}1"), "fd83": (f"{ULA}fe", f"{ULA}1")}
+    for prefix in prefixes:
+        wait_for(lambda p=prefix: guest.addresses(p), f"an address {prefix} of {guest.label}")
+        for other in others[prefix]:
+            wait_for(lambda o=other: guest.pings(o), f"{other} answers {guest.label}")
+    return [address for prefix in prefixes for address in guest.addresses(prefix)]
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_guests_are_registered_by_their_own_clients_and_the_lan_s_machines_are_not(lan, router):
+    names, options, used, leased = ROUTERS[router]
+    lan.serve(*options)
+    guests = [Guest(lan.host, name) for name in names]
+    machine = lan.switch.client("laptop", "10:66:6a:4c:a1:04")
+    clients = [guest.client for guest in guests]
+    try:
+        for guest in guests:
+            guest.start()
+        for client in (machine, *clients):
+            if client is machine and "10.83" in used:
+                client.start_dhcp4("laptop")
+            kinds = [k for k in used if k != "fd83" or client.label not in ("udhcpc", "laptop")]
+            addresses = in_use(client, *kinds)
+            entry = lan.host.registry().get(client.mac, {})
+            wanted = {a for a in addresses if a[:4] in [k[:4] for k in leased] and client is not machine}
+            wait_for(lambda c=client, w=wanted: w <= {*lan.host.registry().get(c.mac, {}).values()}, f"{wanted}")
+            entry = lan.host.registry().get(client.mac, {})
+            assert {*entry.values()} - {entry.get("ipv6_lla")} == (wanted | {client.label} if wanted else set())
+            assert not lan.host.dropped(client.mac)
+    finally:
+        for client in clients:
+            lan.host.update("--remove", client.mac)
+            lan.host.clients.remove(client)
+            client.close()
+        lan.switch.clients.remove(machine)
+        machine.close()
+
+
+def ether(attacker, destination=EVERYONE):
+    return scapy.Ether(src=attacker.mac, dst=destination)
+
+
+def claim(attacker, target, observer):
+    """Return a frame by which the attacker says that it has a target's address."""
+    if "." in target:
+        return ether(attacker) / scapy.ARP(op=2, psrc=target, hwsrc=attacker.mac, pdst=PC4, hwdst=observer.mac)
+    ip = ether(attacker, NODES) / scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1", hlim=255)
+    return ip / scapy.ICMPv6ND_NA(tgt=target, R=0, S=0, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+
+
+def asked(attacker, target, observer):
+    """Return a question of the observer from a target's address, by which the observer learns whose that is."""
+    if "." in target:
+        return ether(attacker) / scapy.ARP(op=1, psrc=target, hwsrc=attacker.mac, pdst=PC4)
+    ip = ether(attacker, observer.mac) / scapy.IPv6(src=target, dst=f"{ULA}50", hlim=255)
+    return ip / scapy.ICMPv6ND_NS(tgt=f"{ULA}50") / scapy.ICMPv6NDOptSrcLLAddr(lladdr=attacker.mac)
+
+
+TARGETS = {  # addresses that an attacker wants, and the reasons why its frames are dropped
+    "router": (ROUTER4, {"ARP address"}),
+    "host": (HOST4, {"ARP address"}),
+    "guest": ("", {"ARP address"}),
+    "silent machine": (SILENT4, {"not registered"}),
+    "router, IPv6": (f"{ULA}fe", {"not registered"}),
+    "router, link-local": ("fe80::1266:6aff:fe4c:a101", {"NDP target", "IPv6 source"}),
+    "host, IPv6": (f"{ULA}1", {"NDP target", "IPv6 source"}),
+    "silent machine, IPv6": (SILENT6, {"not registered"}),
+    "silent machine, link-local": ("fe80::1266:6aff:fe4c:a103", {"NDP target", "IPv6 source"}),
+}
+
+
+@pytest.mark.parametrize("who", ["leased", "newcomer"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_guest_takes_nobody_s_address(lan, target, who):
+    address, reasons = TARGETS[target]
+    pc, host, attacker, victim = lan.pc, lan.host, lan.guest(silent=True), lan.guest()
+    if who == "leased":
+        lease(lan, attacker, f"10.83.0.{200 + lan.count}")
+    lan.serve(DHCP4)
+    victim.start_dhcp4()
+    victim.wait_registered("bound 10.83")
+    lan.settle()
+    address = address or victim.addresses("10.83")[0]
+    place = f"{address}%eth0" if address.startswith("fe80") else address
+    for make in (claim, asked):
+        frame = bytes(make(attacker, address, pc))
+        wait_for(lambda: pc.pings(place), f"{address} before")
+        owner, before = pc.neighbour(address), host.dropped(attacker.mac)
+        for _ in range(3):
+            attacker.send(frame)
+        wait_for(lambda b=before: host.dropped(attacker.mac) == b + 3, "three drops")
+        assert sum(host.dropped(attacker.mac, reason) for reason in reasons) == before + 3 and owner != attacker.mac
+        assert pc.neighbour(address) == owner
+        with lan.without_guard():
+            wait_for(lambda f=frame: attacker.send(f) or pc.neighbour(address) == attacker.mac, "an effect without it")
+        pc.run("ip", "neighbour", "flush", "all")
+        host.run("ip", "neighbour", "flush", "all")
+
+
+SERVERS_FRAMES = {  # what only the router may send, by the reason
+    "router message": lambda a: (
+        ether(a, NODES)
+        / scapy.IPv6(src=link_local(a.mac), dst="ff02::1", hlim=255)
+        / scapy.ICMPv6ND_RA(routerlifetime=1800)
+        / scapy.ICMPv6NDOptPrefixInfo(prefix=NEW, prefixlen=64)
+    ),
+    "DHCP server": lambda a: answer(a, a.mac, "10.83.0.77"),
+}
+
+
+def answer(
+    sender,
+    mac,
+    address,
+    seconds=120,
+    kind="ack",
+    destination="255.255.255.255",
+    xid=0xABADCAFE,
+    options=(),
+    to=EVERYONE,
+    **fields,
+):
+    """Return a DHCP server's answer to what bootp asks."""
+    ip = ether(sender, to) / scapy.IP(src=ROUTER4, dst=destination) / scapy.UDP(sport=67, dport=68)
+    message = scapy.BOOTP(op=2, chaddr=octets(mac), yiaddr=address, xid=xid, **fields)
+    listed = [("message-type", kind)] if kind else []
+    listed += [("server_id", ROUTER4)] + ([("lease_time", seconds)] if seconds else [])
+    return ip / message / scapy.DHCP(options=[*listed, *options, "end"])
+
+
+@pytest.mark.parametrize("reason", SERVERS_FRAMES)
+def test_guest_is_no_router_and_no_server(lan, reason):
+    """Nor is anything registered or learned from what it sends."""
+    attacker, other = lan.guest(silent=True), lan.guest(silent=True)
+    other.send(bytes(bootp(other, "request")))
+    before, prefixes, registry = lan.host.dropped(attacker.mac, reason), lan.prefixes(), lan.host.registry()
+    attacker.send(bytes(SERVERS_FRAMES[reason](attacker)), bytes(answer(attacker, other.mac, "10.83.0.77")))
+    wait_for(lambda: lan.host.dropped(attacker.mac) >= before + 2, "drops")
+    lease(lan, attacker, f"10.83.0.{200 + lan.count}")
+    assert lan.prefixes() == prefixes and lan.host.registry().keys() == {*registry, attacker.mac}
+
+
+def lease(lan, guest, address, seconds=120, **fields) -> None:
+    """Have a guest ask, and the router answer; return when the address is registered."""
+    guest.send(bytes(bootp(guest, "request")))
+    lan.router.send(bytes(answer(lan.router, guest.mac, address, seconds, **fields)))
+    wait_for(lambda: lan.host.registry().get(guest.mac, {}).get("ipv4") == address, f"{address} registered")
+
+
+def test_lease_is_taken_from_another_guest_only_when_it_must_be_over(lan):
+    """Servers lease an address to another MAC address if that repeats the client's identifier."""
+    first, second = lan.guest(silent=True), lan.guest(silent=True)
+    lan.host.stop(lan.process)
+    lan.start()
+    lease(lan, first, "10.83.0.60", seconds=5)
+    before = time.monotonic()
+
+    def leased():
+        second.send(bytes(bootp(second, "request")))
+        lan.router.send(bytes(answer(lan.router, second.mac, "10.83.0.60", seconds=5)))
+        return lan.host.registry().get(second.mac, {}).get("ipv4")
+
+    wait_for(lambda: leased() or "10.83.0.60 is not registered" in lan.said(), "a refusal")
+    assert "ipv4" not in lan.host.registry()[second.mac]
+    wait_for(lambda: leased(), "the lease after the other's")
+    assert time.monotonic() - before > 5 and "ipv4" not in lan.host.registry()[first.mac]
+
+
+def test_client_identifier_of_another_guest_takes_nothing_from_it(lan):
+    """Also if the router goes by it, as all do by default."""
+    lan.serve(DHCP4)
+    victim, attacker = lan.guest(), lan.guest()
+    option = f"0x3d:01{victim.mac.replace(':', '')}"
+    for guest in (victim, attacker):
+        command = ["udhcpc", "-f", "-C", "-i", "eth0", "-s", guest.script, "-T", "1", "-A", "1", "-x", option]
+        guest.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda g=guest: "bound" in g.events(), "the lease")
+        lan.settle()
+    address = victim.addresses("10.83")[0]
+    assert attacker.addresses("10.83") == [address]
+    wait_for(lambda: f"{address} is not registered" in lan.said(), "the refusal")
+    assert lan.host.registry()[victim.mac]["ipv4"] == address
+    assert victim.pings(HOST4) and victim.pings(PC4) and not attacker.pings(HOST4)
+    assert lan.host.dropped(attacker.mac, "ARP address")
+
+
+def test_lease_of_a_time_without_the_program_is_registered_when_it_is_renewed(lan):
+    """The guard lets a renewal through, since the router is registered."""
+    lan.serve(DHCP4)
+    lan.host.stop(lan.process)
+    guest = lan.guest()
+    client = guest.start_dhcp4("late")
+    wait_for(lambda: "bound" in guest.events(), "the lease")
+    assert guest.pings(HOST4) and guest.mac not in lan.host.registry()
+    lan.host.run("nft", "flush", "set", "bridge", "instances", "instances_leased")  # five minutes later
+    assert not guest.pings(HOST4)
+    lan.start()
+    client.send_signal(signal.SIGUSR1)
+    guest.wait_registered("renew 10.83")
+    assert lan.host.registry()[guest.mac]["name"] == "late"
+    wait_for(lambda: guest.pings(HOST4), "the host")
+
+
+def test_router_that_starts_anew_without_its_leases_changes_nothing(lan):
+    lan.serve(DHCP4)
+    guest = lan.guest()
+    client = guest.start_dhcp4("stays")
+    guest.wait_registered("bound 10.83")
+    entry = lan.host.registry()[guest.mac]
+    lan.end_server()
+    (lan.router.folder / "leases").unlink()
+    lan.serve(DHCP4)
+    client.send_signal(signal.SIGUSR1)
+    guest.wait_registered("renew 10.83")
+    assert lan.host.registry()[guest.mac] == entry and guest.pings(HOST4)
+
+
+def test_new_prefix_is_in_force_before_a_guest_has_an_address_in_it(lan):
+    """And the former one stays, as the old addresses do."""
+    lan.serve(SLAAC)
+    guest = lan.guest()
+    old = wait_for(lambda: guest.addresses(PREFIX[:-1]), "an address")[0]
+    lan.serve(NEW_SLAAC)
+    new = wait_for(lambda: guest.addresses(NEW[:-1]), "an address with the new prefix")[0]
+    start = time.monotonic()
+    wait_for(
+        lambda: guest.run("ping", "-nc1", "-W0.2", "-I", new, f"{NEW}fe", check=False).returncode == 0, "an answer"
+    )
+    assert time.monotonic() - start < 1
+    assert guest.run("ping", "-nc1", "-W2", "-I", old, f"{PREFIX}fe").returncode == 0
+    assert "0x2001067c00830000" in lan.prefixes() and "0x2001067c00840000" in lan.prefixes()
+
+
+def test_new_address_of_the_host_is_registered_and_a_former_one_is_not(lan):
+    host = lan.host
+    host.run("ip", "address", "add", "10.83.0.9/24", "dev", "br0")
+    try:
+        wait_for(lambda: "10.83.0.9" in host.registry()[HOST_MAC].get("allowed", ()), "the address")
+    finally:
+        host.run("ip", "address", "delete", "10.83.0.9/24", "dev", "br0")
+    wait_for(lambda: "10.83.0.9" not in host.registry()[HOST_MAC].get("allowed", ()), "the address is gone")
+    assert host.registry()[HOST_MAC]["name"] == "host"
+
+
+def test_lease_is_not_lost_while_the_registry_is_locked(lan):
+    guest = lan.guest(silent=True)
+    with lock_held(lan.host.base):
+        guest.send(bytes(bootp(guest, "request")))
+        lan.router.send(bytes(answer(lan.router, guest.mac, f"10.83.0.{200 + lan.count}")))
+        wait_for(lambda: f"{lan.host.base}.lock" in lan.said(), "an error")
+    wait_for(lambda: "ipv4" in lan.host.registry().get(guest.mac, {}), "the lease")
+
+
+@pytest.mark.parametrize(
+    "interface, error",
+    [("nothing", "nothing"), ("lo", "lo"), ("br1", "--initialize br1 host"), ("p1", "--initialize br1 host")],
+)
+def test_program_says_why_it_does_not_start(lan, interface, error):
+    host = lan.host
+    for command in ("link add br1 type bridge", "link add p1 type veth peer name p2", "link set p1 master br1 up"):
+        host.run("ip", *command.split(), check=False)
+    result = host.run(sys.executable, SNOOP, interface, env=environment(host.base), check=False)
+    assert result.returncode == 1 and re.fullmatch(f"instances-snoop: error: .*{error}.*\n", result.stderr)
+
+
+def test_networkd_is_a_router_too(lan):
+    need(NETWORKD)
+    config = lan.router.folder / "networkd"
+    config.mkdir()
+    lan.router.run("ip", "address", "flush", "dev", "eth0", "to", f"{ROUTER4}/24")  # or it would configure it for ever
+    text = "[Match]\nName=eth0\n[Network]\nKeepConfiguration=static\nDHCPServer=yes\nIPv6SendRA=yes\nIPv6AcceptRA=no\n"
+    text += f"Address={ROUTER4}/24\n"
+    (config / "eth0.network").write_text(f"{text}[DHCPServer]\nPoolOffset=150\n[IPv6Prefix]\nPrefix={PREFIX}/64\n")
+    commands = "mount -t tmpfs none /run; mkdir -p /run/systemd/network; mount --bind $0 /run/systemd/network"
+    commands += f"; mount -o remount,ro /sys; SYSTEMD_LOG_TARGET=console exec {NETWORKD}"
+    with open(lan.router.folder / "networkd.log", "w") as log:
+        lan.server = lan.router.start("unshare", "--mount", "sh", "-ec", commands, config, stdout=log, stderr=log)
+    guest = lan.guest()
+    guest.start_dhcp4("web")
+    guest.wait_registered("bound 10.83")
+    in_use(guest, "10.83", "2001")
+    assert not lan.host.dropped(guest.mac)
+
+
+# ---- What is read of a frame ----
+
+MAC, KEY, SERVER = "10:66:6a:4c:a1:11", octets("10:66:6a:4c:a1:11"), SimpleNamespace(mac="10:66:6a:4c:a1:01")
+GUEST, XID, ADDRESS = SimpleNamespace(mac=MAC), 0xABADCAFE, "10.83.0.77"
+
+
+@pytest.fixture(scope="module")
+def snoop():
+    """The program, whose main is not run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
+        return SimpleNamespace(**run_path(str(SNOOP)))
+
+
+def reply(message=scapy.DHCP6_Reply, source="fe80::1", destination="fe80::2", addresses=(f"{ULA}77",), mac=MAC):
+    """Return a DHCPv6 server's answer, with an association for each address."""
+    packet = ether(SERVER, mac) / scapy.IPv6(src=source, dst=destination) / scapy.UDP(sport=547, dport=546)
+    packet /= message(trid=7) / scapy.DHCP6OptClientId(duid=scapy.Raw(own_duid(GUEST)))
+    for number, address in enumerate(addresses):
+        listed = [scapy.DHCP6OptIAAddress(addr=address, preflft=60, validlft=120)]
+        packet /= scapy.DHCP6OptIA_NA(iaid=number, T1=30, T2=60, ianaopts=listed)
+    return packet
+
+
+def request6(message=scapy.DHCP6_Request, name=b"\0\3web\7example\0"):
+    """Return a client's DHCPv6 message with its name (RFC 4704)."""
+    packet = ether(GUEST, "33:33:00:01:00:02") / scapy.IPv6(src=link_local(MAC), dst="ff02::1:2")
+    packet /= scapy.UDP(sport=546, dport=547) / message(trid=7)
+    return packet / scapy.Raw(b"\0\x27" + len(name).to_bytes(2, "big") + name)
+
+
+def heard(snoop, request, *answers):
+    """Return what is registered when these frames come."""
+    asked = {}
+    assert snoop.hear(bytes(request), True, asked) == []
+    return [row for frame in answers for row in snoop.hear(bytes(frame), False, asked)]
+
+
+NAMES = {  # a client's options, and the name by them
+    "none": ((), ""),
+    "host name": ([("hostname", b"web")], "web"),
+    "host name with a domain": ([("hostname", b"web.example.org")], "web"),
+    "host name with an end": ([("hostname", b"web\0")], "web"),
+    "full name": ([(81, b"\1\0\0web.example.org")], "web"),
+    "encoded": ([(81, b"\5\0\0\3web\7example\0")], "web"),
+    "empty": ([("hostname", b""), (81, b"")], ""),
+    "cut off": ([(81, b"\4\0\0\x3fweb")], "web"),
+    "two": ([("hostname", b"web"), (81, b"\1\0\0db")], "web"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_name_of_a_lease(snoop, case):
+    options, name = NAMES[case]
+    assert heard(snoop, bootp(GUEST, "request", *options), answer(SERVER, MAC, ADDRESS)) == [(MAC, ADDRESS, name, 120)]
+
+
+def test_name_by_the_router_goes_before_the_client_s(snoop):
+    request, ack = (
+        bootp(GUEST, "request", ("hostname", b"x")),
+        answer(SERVER, MAC, ADDRESS, options=[("hostname", b"web")]),
+    )
+    assert heard(snoop, request, ack) == [(MAC, ADDRESS, "web", 120)]
+
+
+ANSWERS = {  # what was asked, what the answers to it are, and how many leases that makes
+    "acknowledged": ("request", [{}], 1),
+    "to its own address": ("request", [{"destination": ADDRESS, "to": MAC}], 1),
+    "twice": ("request", [{}, {}], 1),
+    "by two servers": ("discover", [{}, {"address": "10.83.0.78"}], 1),
+    "by a relay agent": ("request", [{"giaddr": ROUTER4}], 1),
+    "offered": ("discover", [{"kind": "offer"}], 0),
+    "refused": ("request", [{"kind": "nak", "address": "0.0.0.0"}], 0),
+    "informed": ("inform", [{}], 0),
+    "informed, after a request": ("request", [{"seconds": 0}], 0),
+    "BOOTP": ("", [{"kind": ""}], 0),
+    "released": ("release", [{}], 0),
+    "another transaction": ("request", [{"xid": 1}], 0),
+    "another client": ("request", [{"mac": SERVER.mac}], 0),
+    "routed": ("request", [{"destination": "10.83.0.66", "to": MAC}], 0),
+    "routed to its owner": ("request", [{"destination": ADDRESS, "to": SERVER.mac}], 0),
+}
+ANSWERS6 = {
+    "leased": (scapy.DHCP6_Request, {}, 1),
+    "two addresses": (scapy.DHCP6_Request, {"addresses": (f"{ULA}77", f"{PREFIX}77")}, 2),
+    "rapid commit": (scapy.DHCP6_Solicit, {}, 1),
+    "renewed": (scapy.DHCP6_Renew, {}, 1),
+    "without an address": (scapy.DHCP6_Request, {"addresses": ()}, 0),
+    "advertised": (scapy.DHCP6_Solicit, {"message": scapy.DHCP6_Advertise}, 0),
+    "confirmed": (scapy.DHCP6_Confirm, {}, 0),
+    "routed": (scapy.DHCP6_Request, {"source": f"{PREFIX}fe", "destination": f"{PREFIX}66"}, 0),
+    "another client": (scapy.DHCP6_Request, {"mac": SERVER.mac}, 0),
+}
+
+
+def answers4(case):
+    """Return the request and the answers of a case."""
+    kind, answers, _ = ANSWERS[case]
+    return bootp(GUEST, kind), [answer(SERVER, **{"mac": MAC, "address": ADDRESS} | fields) for fields in answers]
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_answer_is_a_lease_only_to_who_asked_for_it(snoop, case):
+    request, answers = answers4(case)
+    assert heard(snoop, request, *answers) == [(MAC, ADDRESS, "", 120)] * ANSWERS[case][2]
+    assert not any(snoop.hear(bytes(frame), False, {}) for frame in answers)  # nobody has asked
+    assert not heard(snoop, bootp(GUEST, "request", chaddr=SERVER.mac), answer(SERVER, SERVER.mac, ADDRESS))
+
+
+@pytest.mark.parametrize("case", ANSWERS6)
+def test_reply_is_a_lease_only_to_who_asked_for_it(snoop, case):
+    message, fields, number = ANSWERS6[case]
+    expected = [(MAC, f"{prefix}77", "web", 120) for prefix in (ULA, PREFIX)]
+    assert heard(snoop, request6(message), reply(**fields)) == expected[:number]
+    assert not snoop.hear(bytes(reply(**fields)), False, {})
+
+
+FRAMES = [bytes(frame) for case in ANSWERS for frame in (answers4(case)[0], *answers4(case)[1])]
+FRAMES += [bytes(f) for message, fields, _ in ANSWERS6.values() for f in (request6(message), reply(**fields))]
+ADVERTISEMENT = bytes(SERVERS_FRAMES["router message"](SERVER))
+
+
+@given(st.data())
+def test_no_frame_ends_it(snoop, tmp_path_factory, data):
+    """Random octets, or octets of a sound frame exchanged."""
+    frame = bytearray(data.draw(st.sampled_from([*FRAMES, ADVERTISEMENT]) | st.binary(max_size=400)))
+    for at, octet in data.draw(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8)):
+        frame[at : at + 1] = bytes([octet])
+    frame = bytes(frame[: data.draw(st.integers(0, 500))])
+    asked = {KEY + XID.to_bytes(4, "big"): "", KEY + b"\0\0\7": ""}
+    for asks in (False, True):
+        for mac, ip, name, seconds in snoop.hear(frame, asks, asked):
+            assert snoop.update.is_mac(mac) and snoop.update.parse_address(ip) and seconds > 0 and isinstance(name, str)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INSTANCES_BASE_PATH", str(tmp_path_factory.getbasetemp() / "frames"))
+        snoop.learn(frame)
+
+
+def test_prefixes_of_an_advertisement(snoop, base, monkeypatch, capfd):
+    """Those of 64 bits in which addresses are made; those of before stay, up to eight."""
+    monkeypatch.setenv("INSTANCES_BASE_PATH", str(base))
+
+    def learned(prefix, **fields):
+        packet = (
+            ether(SERVER, NODES) / scapy.IPv6(src=link_local(SERVER.mac), dst="ff02::1", hlim=255) / scapy.ICMPv6ND_RA()
+        )
+        snoop.learn(
+            bytes(
+                packet
+                / scapy.ICMPv6NDOptMTU()
+                / scapy.ICMPv6NDOptPrefixInfo(**{"prefix": prefix, "prefixlen": 64} | fields)
+            )
+        )
+        path = Path(f"{base}.prefixes")
+        return path.read_text().split() if path.exists() else []
+
+    for prefix, fields in (
+        (PREFIX, {"A": 0}),
+        (PREFIX, {"prefixlen": 80}),
+        (PREFIX, {"validlifetime": 0}),
+        ("fe80::", {}),
+        ("2001:db8::", {}),
+    ):
+        assert learned(prefix, **fields) == []
+    assert not Path(f"{base}.updated").exists()
+    assert learned(PREFIX) == [f"{PREFIX}/64"] and Path(f"{base}.updated").exists()
+    for number in range(1, 10):
+        learned(f"fd00:{number}::")
+    assert learned(ULA) == [f"{ULA}/64", *(f"fd00:{number}::/64" for number in range(9, 2, -1))]
+
+
+def test_unit_is_sound(tmp_path):
+    need("systemd-analyze")
+    unit = tmp_path / "instances-snoop.service"
+    unit.write_text((EXAMPLES / "lan" / unit.name).read_text().replace("/usr/local/sbin/instances-snoop", "/bin/true"))
+    result = run("systemd-analyze", "verify", unit)
+    assert not result.stderr
+    exposure = run("systemd-analyze", "security", "--offline=true", unit, check=False).stdout
+    assert float(re.search("Overall exposure level.*: ([0-9.]+)", exposure)[1]) < 3, exposure
