@@ -73,7 +73,7 @@ class Guarded:
         self.text, self.config = self.rules.read_text(), (host.folder / "br0.conf").read_text()
         self.settle()
         self.was, self.registry = self.leases.read_text(), host.registry()
-        self.outputs = self.read_outputs()
+        self.expected_state = self.state()
         self.server_duid = octets(re.search("^duid (.*)$", self.was, re.MULTILINE)[1])
         rows = [line.split() for line in self.was.splitlines()]
         self.own = {k: v for k, v in self.registry[self.victim.mac].items() if k != "name"}
@@ -84,9 +84,11 @@ class Guarded:
         """Do the service's work, so that it has none to do afterwards."""
         self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
 
-    def read_outputs(self) -> list[str]:
-        """Return what the service makes of the registry and the settings."""
-        return [Path(f"{self.host.base}.{end}").read_text() for end in ("hosts", "nftables_chains")]
+    def state(self) -> list[str]:
+        """Return what is in force, with handles, which are never given twice, and what that was made from."""
+        listing = self.host.run("nft", "-a", "-s", "-t", "list", "ruleset").stdout
+        made = [Path(f"{self.host.base}.{end}").read_text() for end in ("hosts", "nftables_chains")]
+        return [listing, self.rules.read_text(), *made]
 
     def reset(self, guard: bool = True, option: str = "", script: Path = UPDATE, leases: str = "") -> None:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
@@ -98,16 +100,17 @@ class Guarded:
             self.leases.write_text(self.expected)
             Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
             self.rules.unlink(missing_ok=True)
-            load = "table bridge instances; delete table bridge instances\n"
             if guard:
                 self.rules.write_text(self.text)
-                load += f'include "{self.rules}"\n'
-            if guard and (marker.exists() or self.read_outputs() != self.outputs):
-                marker.touch()
-                host.run("nft", load.partition("\n")[0])
-                host.run(*host.applying())
+            if guard and not marker.exists() and self.state() == self.expected_state:
+                learned = re.findall(r"set (\w+) {(?=[^}]*dynamic)", self.expected_state[0])
+                host.run("nft", "\n".join(f"flush set bridge instances {name}" for name in learned))
             else:
-                host.run("nft", "-f", "-", input=load)
+                host.run("nft", "table bridge instances; delete table bridge instances")
+                if guard:
+                    marker.touch()
+                    host.run(*host.applying())
+                    self.expected_state = self.state()
         host.run("ip", "neighbour", "flush", "all")
         assert f"\n{option}\n" in self.config + "\n\n"
         config = host.folder / "now.conf"
