@@ -21,6 +21,7 @@ NOT_RUN = {
         "with the guard, the same attack again": "what the demonstration prints",
         "add|old MAC": "usage",
     },
+    "tests/README.md": {"a guest's frame": "a drawing", "-m pytest": "tests, and demo.py, which has tests"},
     "examples/libvirt/README.md": {"<interface": "a part of a definition; libvirt.py has domains with such a one"},
     "examples/show/README.md": {"AND + WHAT": "what it prints", "it sends from": "what it prints"},
     "examples/systemd/README.md": {"ExecStartPost": "a drop-in; boot.sh has such a one"},

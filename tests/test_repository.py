@@ -78,3 +78,13 @@ def test_rule_file_declares_and_empties_each_set_that_the_registry_fills(rules):
     for name, key, interval in declared:
         flags = " flags interval;" if interval else ""
         assert f"    set {name} {{ {key};{flags} }}\n" in text
+
+
+def test_functions_that_matter_most_are_where_the_page_says():
+    page, file = (TOP / "tests" / "README.md").read_text(), None
+    functions = re.findall(r"^\| (\S*) *\| `(\w+)` \|", page, re.MULTILINE)
+    paths = {path.name: path for path in (UPDATE, PROCESS, EXAMPLES / "systemd" / "instances-apply")}
+    for name, function in functions:
+        file = paths[name] if name else file
+        assert f"def {function}(" in file.read_text(), function
+    assert len(functions) == 10
