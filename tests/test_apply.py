@@ -718,6 +718,17 @@ def test_broken_rule_file_keeps_what_it_made_and_no_other_out(applied):
     assert applied.tables() == TABLES
 
 
+def test_broken_rule_file_keeps_no_other_out_where_a_transaction_has_failed(applied):
+    applied.apply()
+    bridge = applied.rules / "bridge.nft"
+    bridge.write_text(bridge.read_text() + "wrong\n")
+    applied.host.update("add", *WEB)
+    flush = 'grep -q element "$0.in" && {real} delete table inet instances'
+    applied.stand_in("nft", f'cat >"$0.in"; {flush}; exec {{real}} "$@" <"$0.in"')
+    applied.apply(check=False)
+    assert "10.83.0.11" in applied.host.run("nft", "list", "table", "inet", "instances").stdout
+
+
 def test_broken_registry_is_told_and_keeps_nothing_that_is_made_out(applied):
     applied.apply()
     registry = applied.host.folder / "instances.json"
