@@ -119,6 +119,12 @@ class Guarded:
         """Return what dnsmasq has logged since all was put back."""
         return self.host.log.read_text()[self.told :]
 
+    def heard(self, text: str, times: int, seconds: int = 5) -> bool:
+        """Wait some seconds until dnsmasq has logged a text so often; tell whether it has."""
+        with contextlib.suppress(AssertionError):
+            return wait_for(lambda: self.log().count(text) >= times, text, seconds)
+        return False
+
     def harm(self, attacker) -> list[str]:
         """Return what is not as it was, but for the attacker's own entry and leases."""
         now = self.host.registry()

@@ -163,6 +163,12 @@ def test_dnsmasq_leaves_loopback_to_another_resolver_and_does_not_ask_it_of_its_
     assert log.read_text().count("in-addr") == 1 and "ip6" not in log.read_text()
 
 
+def self_made(guest: Client) -> list[str]:
+    """Have a guest ask for a router once more, as kernels do, too; return its addresses by SLAAC."""
+    guest.send(solicitation(guest))
+    return guest.addresses("2001")
+
+
 def has_default_route(guest: Client) -> bool:
     return guest.run("ip", "-6", "route", "show", "default").stdout != ""
 
@@ -175,8 +181,7 @@ def test_routed_example_binds_guests_to_their_devices(routed):
         guests[number].dhcp4("wpad")
         assert guests[number].addresses("10") == [f"10.85.0.1{number}"] and "mtu=1400" in guests[number].events()
         guests[number].run("ip", "route", "add", "default", "via", "10.85.0.1")
-        guests[number].send(solicitation(guests[number]))
-        wait_for(lambda n=number: guests[n].addresses("2001"), "an address by SLAAC")
+        wait_for(lambda g=guests[number]: self_made(g), "an address by SLAAC")
         assert guests[number].run("cat", "/proc/sys/net/ipv6/conf/eth0/mtu").stdout == "1400\n"
     listed = [line.split() for line in routed.binding("list").stdout.splitlines()]
     assert [(line[0], line[2]) for line in listed] == [("tap0", "10.85.0.10"), ("tap1", "10.85.0.11")]
@@ -286,8 +291,7 @@ def test_restore_brings_all_back_after_a_boot(routed):
     guest = host.clients[-1]
     guest.dhcp4()
     assert guest.pings("10.85.0.1")
-    guest.send(solicitation(guest))
-    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    wait_for(lambda: self_made(guest), "an address by SLAAC")
     wait_for(lambda: guest.pings("2001:67c:85::1"), "a ping over IPv6")
     state = routed.kernel()
     assert routed.binding("restore").returncode == 0 and routed.kernel() == state
@@ -439,8 +443,7 @@ def test_later_fragments_get_through_whatever_their_data_looks_like(standing):
     guest, log = standing.guest(6, "vif6"), standing.host.folder / "received"
     standing.add(6, INDEV="vif6")
     guest.dhcp4()
-    guest.send(solicitation(guest))
-    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    wait_for(lambda: self_made(guest), "an address by SLAAC")
     with open(log, "w") as file:
         standing.host.start("python3", "-c", LISTENER, stdout=file)
     wait_for(lambda: "ready" in log.read_text(), "the listener")
@@ -461,8 +464,7 @@ def test_later_fragments_get_through_whatever_their_data_looks_like(standing):
 def test_no_request_leaves_the_host_in_fragments_that_hide_it(standing):
     guest = standing.guest(2, "vif2")
     standing.add(2, INDEV="vif2")
-    guest.send(solicitation(guest))
-    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    wait_for(lambda: self_made(guest), "an address by SLAAC")
     host, [source], target = standing.host, guest.addresses("2001"), "2001:67c:99::9"
     host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "unplugged")
     host.run("ip", "link", "set", "uplink", "up")
@@ -537,8 +539,7 @@ def solicitation(guest: Client) -> bytes:
 def test_binding_without_ip_has_ipv6_only(standing):
     guest = standing.guest(4)
     standing.add(4, IP="", MTU="")
-    guest.send(solicitation(guest))
-    wait_for(lambda: guest.addresses("2001"), "an address by SLAAC")
+    wait_for(lambda: self_made(guest), "an address by SLAAC")
     wait_for(lambda: guest.pings("2001:67c:85::1"), "a ping of the gateway")
     ip = scapy.IPv6(src=guest.addresses("fe80")[0], dst="ff02::1:2") / scapy.UDP(sport=546, dport=547)
     request = ip / scapy.DHCP6_InfoRequest(trid=7) / scapy.DHCP6OptClientId(duid=scapy.DUID_LL(lladdr=guest.mac))

@@ -45,7 +45,7 @@ mount -t tmpfs tmpfs /tmp
 modprobe br_netfilter
 cd /root/instances
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C CI=true TEST_PATIENCE=5
-python3 -B -m pytest --color=no -q -rs -n 2 --dist loadfile \
+python3 -B -m pytest --color=no -q -rs -n 2 --dist loadfile -o timeout=1200 \
     -k "not unregistered] and not unregistered- and not -host- and not one_field and not rogue" \
     tests/test_kernel.py tests/test_bridge.py \
     "tests/test_joining.py::test_ten_guests_that_start_at_once_are_all_registered_and_reach_the_host[1]"
