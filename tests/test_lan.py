@@ -78,6 +78,7 @@ class Lan:
             setattr(self, name, machine)
         self.host.start_guarded()
         self.host.update("add", self.router.mac, ROUTER4, "router")
+        self.settle()
         self.start()
 
     def start(self, interface: str = "up0") -> None:
@@ -277,7 +278,7 @@ def test_guest_is_no_router_and_no_server(lan):
     other.send(bytes(bootp(other, "request")))
     prefixes, registry = lan.prefixes(), lan.host.registry()
     attacker.send(bytes(advertisement(attacker)), bytes(answer(attacker, other.mac, "10.83.0.77")))
-    for reason in ("router message", "DHCP server"):
+    for reason in ("router message", "IPv4 source"):
         wait_for(lambda why=reason: lan.host.dropped(attacker.mac, why) == 1, reason)
     lease(lan, attacker, f"10.83.0.{200 + lan.count}")
     assert lan.prefixes() == prefixes and lan.host.registry().keys() == {*registry, attacker.mac}
