@@ -31,13 +31,13 @@ ROUTER4, PC4, SILENT4, SILENT6 = "10.83.0.254", "10.83.0.50", "10.83.0.51", f"{U
 DHCP4 = "--dhcp-range=10.83.0.100,10.83.0.199,120"
 DHCP6 = f"--dhcp-range={ULA}100,{ULA}1ff,64,120"
 SLAAC, NEW_SLAAC = f"--dhcp-range={PREFIX},ra-only,64,120", f"--dhcp-range={NEW},ra-only,64,120"
-CLIENTS = ("dhclient", "udhcpc", "dhcpcd")
+CLIENTS, RAPID = ("dhclient", "udhcpc", "dhcpcd"), ("dhcpcd", "networkd", "manager")
 ROUTERS = {  # the guests' clients, dnsmasq's options, how addresses begin that are in use, and that are leased
     "DHCP": (CLIENTS, [DHCP4], ["10.83"], ["10.83"]),
     "DHCPv6": (("dhclient6", "dhcpcd6", "networkd6"), [DHCP6], ["fd83"], ["fd83"]),
     "SLAAC": (CLIENTS, [SLAAC], ["2001"], []),
     "all": (CLIENTS, [DHCP4, DHCP6, SLAAC], ["10.83", "2001", "fd83"], ["10.83", "fd83"]),
-    "rapid": (("dhcpcd", "networkd"), [DHCP4, DHCP6, "--dhcp-rapid-commit"], ["10.83", "fd83"], ["10.83", "fd83"]),
+    "rapid": (RAPID, [DHCP4, DHCP6, "--dhcp-rapid-commit"], ["10.83", "fd83"], ["10.83", "fd83"]),
 }
 
 
