@@ -31,13 +31,13 @@ ROUTER4, PC4, SILENT4, SILENT6 = "10.83.0.254", "10.83.0.50", "10.83.0.51", f"{U
 DHCP4 = "--dhcp-range=10.83.0.100,10.83.0.199,120"
 DHCP6 = f"--dhcp-range={ULA}100,{ULA}1ff,64,120"
 SLAAC, NEW_SLAAC = f"--dhcp-range={PREFIX},ra-only,64,120", f"--dhcp-range={NEW},ra-only,64,120"
-CLIENTS = ("dhclient", "udhcpc", "dhcpcd")
+CLIENTS, RAPID = ("dhclient", "udhcpc", "dhcpcd"), ("dhcpcd", "networkd", "manager")
 ROUTERS = {  # the guests' clients, dnsmasq's options, how addresses begin that are in use, and that are leased
     "DHCP": (CLIENTS, [DHCP4], ["10.83"], ["10.83"]),
     "DHCPv6": (("dhclient6", "dhcpcd6", "networkd6"), [DHCP6], ["fd83"], ["fd83"]),
     "SLAAC": (CLIENTS, [SLAAC], ["2001"], []),
     "all": (CLIENTS, [DHCP4, DHCP6, SLAAC], ["10.83", "2001", "fd83"], ["10.83", "fd83"]),
-    "rapid": (("dhcpcd", "networkd"), [DHCP4, DHCP6, "--dhcp-rapid-commit"], ["10.83", "fd83"], ["10.83", "fd83"]),
+    "rapid": (RAPID, [DHCP4, DHCP6, "--dhcp-rapid-commit"], ["10.83", "fd83"], ["10.83", "fd83"]),
 }
 
 
@@ -78,6 +78,7 @@ class Lan:
             setattr(self, name, machine)
         self.host.start_guarded()
         self.host.update("add", self.router.mac, ROUTER4, "router")
+        self.settle()
         self.start()
 
     def start(self, interface: str = "up0") -> None:
@@ -277,7 +278,7 @@ def test_guest_is_no_router_and_no_server(lan):
     other.send(bytes(bootp(other, "request")))
     prefixes, registry = lan.prefixes(), lan.host.registry()
     attacker.send(bytes(advertisement(attacker)), bytes(answer(attacker, other.mac, "10.83.0.77")))
-    for reason in ("router message", "DHCP server"):
+    for reason in ("router message", "IPv4 source"):
         wait_for(lambda why=reason: lan.host.dropped(attacker.mac, why) == 1, reason)
     lease(lan, attacker, f"10.83.0.{200 + lan.count}")
     assert lan.prefixes() == prefixes and lan.host.registry().keys() == {*registry, attacker.mac}

@@ -213,10 +213,11 @@ run sh -euc 'kill $(cat /run/router.pid); pkill -x unbound; mkdir -p /run/kea /r
     for version in 4 6; do
         [ $version = 4 ] && net=192.168.1. prefix=24 || net=fd12:3456:789a:1:: prefix=64
         for interface in eth0 br0; do
+            [ $interface = eth0 ] && from=150 || from=170
             cat >/etc/kea/$interface-$version.conf <<END
 {"Dhcp$version": {"interfaces-config": {"interfaces": ["$interface"]}, "lease-database": {"type": "memfile", "persist": false},
  "valid-lifetime": 7200, "subnet$version": [{"id": 1, "interface": "$interface", "subnet": "${net%.}$([ $version = 6 ] || echo .0)/$prefix",
- "pools": [{"pool": "${net}150 - ${net}199"}]}]}}
+ "pools": [{"pool": "${net}$from - ${net}199"}]}]}}
 END
         done
     done'
