@@ -384,7 +384,9 @@ chain instances_drop_rogue {
 }
 """
 SETS = {"v4": ["ipv4"], "v6": ["ipv6_gua", "ipv6_ula"], "g6": ["ipv6_gua"], "u6": ["ipv6_ula"], "l6": ["ipv6_lla"]}
-FIELDS = {  # of addresses, in the order of the hosts file, with the subdomains of the names that have them
+# Of addresses, in the order of the hosts file, with the subdomains of the names that have them. dnsmasq answers reverse
+# questions with the first.
+FIELDS = {
     "ipv4": ("", ".v4"),
     "ipv6_gua": ("", ".v6", ".g6"),
     "ipv6_ula": ("", ".v6", ".u6"),
@@ -549,7 +551,8 @@ def run(main):
 
 def is_domain(text):
     """Tell whether this is a domain, its labels as in RFC 1123, section 2.1; its first dot may be left out."""
-    longest = 253 - 63 - len(".v4")  # RFC 1035, section 2.3.4: 255 octets, less a name before it
+    subdomain = max(len(sub) for subs in FIELDS.values() for sub in subs)
+    longest = 253 - 63 - subdomain  # RFC 1035, section 2.3.4: 255 octets, less a name before it
     labels = text.removeprefix(".").split(".")
     valid = all(is_name("a" + label[1:]) and label[:1].isalnum() for label in labels)  # or with a digit first
     return valid and text.isascii() and len(text) <= longest

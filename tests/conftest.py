@@ -32,7 +32,19 @@ def load(script: Path):
 
 
 # With --dist loadfile a file is one worker's: those that take longest are begun first.
-LONGEST = ["network", "apply", "firewalls", "claims", "identity", "egress", "fuzz", "routed", "clients", "pages"]
+LONGEST = [
+    "network_lead",
+    "network",
+    "apply",
+    "firewalls",
+    "claims",
+    "identity",
+    "egress",
+    "fuzz",
+    "routed",
+    "clients",
+    "pages",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,7 @@
 usage: python3 tests/network_chaos.py [WORD...]   as root: the cases with one of these words in their names
        python3 tests/network_chaos.py --soak INSTANCES SECONDS   a change each second: lag, etcd's size, memory
 
-Three hosts in namespaces with an etcd each, as in test_network.py, which runs the quick cases, too. In each case guests
+Three hosts in namespaces with an etcd each; test_network_lead.py runs the quick cases, too. In each case guests
 ping the gateway, and changes are made before, and where somebody can, meanwhile. When it is healed, all hosts must soon
 have one registry, in force, with all that the majority acknowledged; and there were never two gateways.
 """
@@ -23,6 +23,7 @@ import zlib
 from pathlib import Path
 
 from lab import UPDATE, block, environment, run, wait_for
+from network_lab import Pinger, fill, in_force, leading, renew
 
 PROMISE = (
     5  # seconds after healing in which all hosts have the same in force; a leader may need as long again to be elected
@@ -176,14 +177,6 @@ class Chaos:
             shutil.copy2(path, host.folder)
         Path(f"{host.base}.updated").touch()  # a boot makes all files again
         host.start_lead()
-
-
-def in_force(host, mac, address):
-    """Tell whether a host's guard lets this pass."""
-    element = f"{{ {address} . {mac} }}"
-    return (
-        host.run("nft", "get", "element", "bridge", "instances", "instances_ip", element, check=False).returncode == 0
-    )
 
 
 # ---- The cases: each returns when what it did is healed, and has called heal() then ----
@@ -525,8 +518,6 @@ exec env LD_PRELOAD={1} /usr/sbin/dnsmasq "$@"
 @case("nobody notices, dnsmasq's leases aside, which end by its clock")
 def leaders_clock_jumps_by_a_day(chaos):
     """By libfaketime, for dnsmasq: our programs and etcd go by the monotonic clock, certificates aside."""
-    import test_network
-
     dnsmasq, clock = chaos.site.bin / "dnsmasq", chaos.site.folder / "clock"
     clock.write_text("+0")
     dnsmasq.write_text(FAKED.format(clock, libfaketime()))
@@ -542,7 +533,7 @@ def leaders_clock_jumps_by_a_day(chaos):
         clock.with_suffix(".new").write_text(f"{days:+}d")
         clock.with_suffix(".new").rename(clock)
         chaos.change()
-        test_network.renew(chaos.site.guests)
+        renew(chaos.site.guests)
         end = int(Path(f"{leader.base}.leases").read_text().split()[0])
         assert abs(end - time.time() - 43200 - days * 86400) < 600, f"a lease that ends at {end}"
     assert leads(chaos.site) == led and registry.items() <= leader.registry().items()
@@ -594,11 +585,9 @@ def idle(chaos, seconds=30):
 
 def soak(chaos, count, seconds):
     """Make a change each second; print a line of what it costs each minute."""
-    import test_network
-
     idle(chaos)
     leader, led = chaos.leader, leads(chaos.site)
-    test_network.fill(leader, count)
+    fill(leader, count)
     begun = time.monotonic()
     wait_for(lambda: all(len(host.registry()) > count for host in chaos.site.hosts), "the instances on all", 120)
     print(f"{count} instances: on all hosts after {time.monotonic() - begun:.1f} s")
@@ -639,21 +628,8 @@ def soak(chaos, count, seconds):
 @contextlib.contextmanager
 def hosts():
     """Three hosts, one of which leads, with a guest each that pings the gateway."""
-    import test_network
-
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        site = test_network.Site(Path(folder))
-        try:
-            for host in site.hosts:
-                host.guard()
-            site.sniff()
-            for host in site.hosts:
-                host.start_lead()
-            wait_for(site.leader, "a leader", 60)
-            test_network.join(site)
-            yield Chaos(site, [test_network.Pinger(guest, "10.83.0.1") for guest in site.guests])
-        finally:
-            site.close()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, leading(Path(folder)) as site:
+        yield Chaos(site, [Pinger(guest, "10.83.0.1") for guest in site.guests])
 
 
 def main(words):
@@ -670,7 +646,7 @@ def main(words):
                     took, times = play(chaos, name)
                     outcome = f"{took:.1f} s" if took < seconds else f"**{took:.1f} s, not {seconds}**"
                     failed += took > seconds
-                except (AssertionError, OSError) as error:
+                except (AssertionError, OSError, ValueError) as error:
                     outcome, times, failed = f"**{str(error).splitlines()[0]}**", "", failed + 1
                 print(f"| {name} | {promise} | {outcome} | {times} |", flush=True)
     return 1 if failed else 0

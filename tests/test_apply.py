@@ -493,7 +493,7 @@ def nft_log(applied: Applied) -> Path:
     return applied.host.folder / "nft.log"
 
 
-def test_update_of_the_registry_is_one_transaction_of_elements_for_all_tables(applied):
+def test_update_of_the_registry_takes_addresses_away_and_then_is_one_transaction_for_all_tables(applied):
     log = nft_log(applied)
     applied.write("broken.nft", replacing("inet broken", "wrong"))
     applied.host.update("add", *WEB)
@@ -506,10 +506,11 @@ def test_update_of_the_registry_is_one_transaction_of_elements_for_all_tables(ap
     applied.host.update("--rename", "10:66:6a:4c:a1:13", "web")
     applied.host.update("add", "-", "2001:67c:83::11", DNSMASQ_MAC="10:66:6a:4c:a1:13")
     assert "loaded" not in applied.apply(check=False).stderr.replace("not loaded", "")
-    (load,) = [text for text in log.read_text().split("--\n") if "10.83.0.11" in text]
-    changed = set(re.findall("^(?:delete|add) element (.*) {", load, re.MULTILINE))
-    assert {"bridge instances instances_ip", "inet instances web.v6.instance"} <= changed
-    assert "include" not in load and "delete element bridge instances instances_ip" in load
+    first, load = [text for text in log.read_text().split("--\n") if "10.83.0.11" in text]
+    changed = [set(re.findall("^(?:delete|add) element (.*) {", text, re.MULTILINE)) for text in (first, load)]
+    assert changed[0] == {"bridge instances instances_ip"} and "add" not in first
+    assert {"bridge instances instances_ip", "inet instances web.v6.instance"} <= changed[1]
+    assert "include" not in load and "delete element bridge instances instances_ip {" not in load
     assert rules == re.sub("elements = {.*?}", "", applied.ruleset("-a"), flags=re.DOTALL)
     listing = applied.host.run("nft", "list", "set", "bridge", "instances", "instances_ip").stdout
     assert re.findall(r"10\.83\.0\.11 \. (\S+) .*?comment \"(.*?)\"", listing) == [("10:66:6a:4c:a1:13", "web")]
@@ -715,6 +716,17 @@ def test_broken_rule_file_keeps_what_it_made_and_no_other_out(applied):
     applied.boot()
     assert applied.apply(check=False).returncode == 1
     assert applied.tables() == TABLES
+
+
+def test_broken_rule_file_keeps_no_other_out_where_a_transaction_has_failed(applied):
+    applied.apply()
+    bridge = applied.rules / "bridge.nft"
+    bridge.write_text(bridge.read_text() + "wrong\n")
+    applied.host.update("add", *WEB)
+    flush = 'grep -q element "$0.in" && {real} delete table inet instances'
+    applied.stand_in("nft", f'cat >"$0.in"; {flush}; exec {{real}} "$@" <"$0.in"')
+    applied.apply(check=False)
+    assert "10.83.0.11" in applied.host.run("nft", "list", "table", "inet", "instances").stdout
 
 
 def test_broken_registry_is_told_and_keeps_nothing_that_is_made_out(applied):

@@ -127,7 +127,10 @@ def test_unknown_fields_survive_any_events_and_rewrites(update, unknown, events)
 ENTRY = st.dictionaries(
     st.sampled_from(["name", *FIELDS]), st.sampled_from([*ADDRESSES, *NAMES]) | JSON, max_size=5
 ).flatmap(lambda entry: UNKNOWN.map(lambda unknown: {**unknown, **entry}))
-REGISTRY = st.dictionaries(MACS | st.text(), ENTRY, max_size=4)
+VALID = st.fixed_dictionaries(
+    {"name": st.sampled_from(["web", "db-1"]), "ipv4": st.sampled_from(["10.0.0.1", "10.0.0.2"])}
+)
+REGISTRY = st.dictionaries(MACS | st.text(), ENTRY | VALID, max_size=4)
 
 
 def layouts(registry):

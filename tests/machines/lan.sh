@@ -209,14 +209,15 @@ follow examples/lan/README.md 'chmod 755'
 none_lost "all the page"
 
 step "Kea: as the router, and on this host"
-run sh -euc 'kill $(cat /run/router.pid); pkill -x unbound; mkdir -p /run/kea /run/lock/kea
+run sh -euc 'kill $(cat /run/router.pid); pkill -x unbound; mkdir -p /run/kea /run/lock/kea /var/lib/kea
     for version in 4 6; do
         [ $version = 4 ] && net=192.168.1. prefix=24 || net=fd12:3456:789a:1:: prefix=64
         for interface in eth0 br0; do
+            [ $interface = eth0 ] && from=150 || from=170
             cat >/etc/kea/$interface-$version.conf <<END
 {"Dhcp$version": {"interfaces-config": {"interfaces": ["$interface"]}, "lease-database": {"type": "memfile", "persist": false},
- "valid-lifetime": 600, "subnet$version": [{"id": 1, "interface": "$interface", "subnet": "${net%.}$([ $version = 6 ] || echo .0)/$prefix",
- "pools": [{"pool": "${net}150 - ${net}199"}]}]}}
+ "valid-lifetime": 7200, "subnet$version": [{"id": 1, "interface": "$interface", "subnet": "${net%.}$([ $version = 6 ] || echo .0)/$prefix",
+ "pools": [{"pool": "${net}$from - ${net}199"}]}]}}
 END
         done
     done'
@@ -224,21 +225,20 @@ run sh -euc 'for version in 4 6; do ip netns exec router kea-dhcp$version -c /et
 # joins NAME NUMBER: a guest that has leases of both versions from Kea
 joins() {
     run sh /root/guest "$1" "$2"
-    until_true 20 "DHCP of $1" sh -c "grep -F '\"ipv4\": \"192.168.1.1' /var/lib/misc/instances.json | wc -l | grep -x $3"
-    run sh -euc "ip -n $1 -6 address show dev eth0 scope link; echo 'send fqdn.fqdn \"$1\";' >/run/$1.conf
-        ip netns exec $1 dhclient -6 -cf /run/$1.conf -lf /run/$1.leases -pf /run/$1.pid6 -sf /root/script6 eth0"
-    until_true 20 "DHCPv6 of $1" grep -A 5 "\"name\": \"$1\"" /var/lib/misc/instances.json
-    grep -q '"ipv6_ula": "fd12:3456:789a:1::1[5-9]' "$folder/output" || failed "an IPv6 lease of $1"
+    until_true 20 "DHCP of $1" sh -c "grep -A 5 '\"name\": \"$1\"' /var/lib/misc/instances.json | grep -E '\"ipv4\": \"192.168.1.1[5-9]'"
+    until_true 10 "link-local" sh -c "ip -n $1 -6 address show dev eth0 -tentative | grep fe80"
+    run timeout 20 ip netns exec "$1" dhclient -6 -lf "/run/$1.leases" -pf "/run/$1.pid6" -sf /root/script6 eth0 2>"$folder/log" || failed "dhclient of $1"
+    until_true 20 "DHCPv6 of $1" sh -c "grep -A 5 '\"name\": \"$1\"' /var/lib/misc/instances.json | grep -E '\"ipv6_ula\": \"fd12:3456:789a:1::1[5-9]'"
     run ip netns exec "$1" ping -q -c 1 -W 1 192.168.1.50 >/dev/null || failed "$1 is cut off"
 }
 run sh -c 'printf "#!/bin/sh\ncase \$reason in BOUND6) ip address replace \$new_ip6_address/64 dev eth0 ;; esac\n" >/root/script6
     chmod 755 /root/script6'
-joins mail 04 4
+joins mail 04
 run sh -euc 'pkill kea-dhcp; sed -i "s/^ExecStart=.*/ExecStart=instances-snoop br0/" /etc/systemd/system/instances-snoop.service
     sed -i "s/^define server = .*/define server = \"none\"/" /etc/instances/bridge.nft
     systemctl daemon-reload; systemctl restart instances-snoop; instances-apply
     for version in 4 6; do kea-dhcp$version -c /etc/kea/br0-$version.conf >/run/kea.log 2>&1 & done' 2>"$folder/log"
-joins git 05 5
+joins git 05
 
 step "undone"
 follow examples/lan/README.md 'disable --now instances-snoop'

@@ -1,0 +1,150 @@
+"""The example of one network on several hosts: any host can be the one that leads."""
+
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import network_chaos
+import pytest
+from conftest import PROGRAMS, need
+from lab import UPDATE, environment, wait_for
+from network_lab import Pinger, check_nothing_is_written, equal, leading, leave, renew, report
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def leaders(tmp_path_factory):
+    """Three hosts, one of which leads, with a guest on each."""
+    need(*PROGRAMS, "etcd", "etcdctl", "openssl")
+    with leading(tmp_path_factory.mktemp("network")) as site:
+        wait_for(lambda: equal(site), "equal registries")
+        yield site
+
+
+def fault(host, what):
+    """Do this to a host; return what heals it."""
+    if what == "SIGTERM":
+        host.stop(host.program)
+        return host.start_lead
+    if what == "SIGKILL":
+        host.kill()
+        return host.start_lead
+    if what == "kill etcd":
+        host.stop(host.etcd, signal.SIGKILL)
+        return host.start_etcd
+    if what.startswith("cut"):
+        ports = ("lan", "mgmt0") if what == "cut off" else ("mgmt0",)
+        for port in ports:
+            host.cut(port)
+        return lambda: [host.cut(port, "up") for port in ports]
+    stopped = {"stop program": [host.program], "stop etcd": [host.etcd], "stop both": [host.program, host.etcd]}[what]
+    for process in stopped:
+        process.send_signal(signal.SIGSTOP)
+    return lambda: [process.send_signal(signal.SIGCONT) for process in stopped]
+
+
+def runs(values):
+    """Return a sequence without its repetitions."""
+    return [value for value, _ in itertools.groupby(values)]
+
+
+FAULTS = ["SIGTERM", "SIGKILL", "stop program", "stop etcd", "kill etcd", "stop both", "cut off", "cut management"]
+CASES = [(what, "the same host") for what in FAULTS] + [("SIGKILL", "another host"), ("cut off", "another host")]
+
+
+@pytest.mark.parametrize("what, etcd_leader", CASES)
+def test_another_host_leads_and_never_two(leaders, what, etcd_leader):
+    old, number = leaders.leader(), CASES.index((what, etcd_leader))
+    leaders.move_etcd_leader(old if etcd_leader == "the same host" else leaders.others(old)[0])
+    others = [guest for guest in leaders.guests if guest.host is not old]
+    entries = old.registry()
+    gateway = [Pinger(guest, "10.83.0.1") for guest in leaders.guests]
+    between = [Pinger(others[0], entries[others[1].mac][field]) for field in ("ipv4", "ipv6_ula")]
+    wait_for(lambda: all(p.answered() for p in gateway + between), "answers before")
+    new_guest = others[0].host.client("new", f"10:66:6a:4c:d0:{number:02x}", port=f"new{number}", wait=False)
+    begun = time.time()
+    heal = fault(old, what)
+
+    def another_answers():
+        return any(when > begun and ttl != old.ttl for p in gateway for when, _, ttl in p.answers())
+
+    wait_for(another_answers, "another leads", 90)
+    new = wait_for(lambda: next((h for h in leaders.others(old) if h.leads()), None), "another leads")
+    new_guest.dhcp4(f"new-{number}")  # a lease while the other host is away
+    heal()
+    wait_for(lambda: equal(leaders) and new_guest.mac in old.registry(), "equal registries", 90)
+    wait_for(lambda: not old.leads() and new.leads(), "one gateway")
+    now = time.time()
+    wait_for(lambda: all(p.answered(now) for p in gateway), "answers to all")
+    renew(leaders.guests)
+    answers = sorted((when, ttl) for p in gateway for when, _, ttl in p.answers())
+    assert runs(ttl for _, ttl in answers) == [old.ttl, new.ttl]
+    senders = runs(port for when, port in leaders.sniffed() if when > begun)
+    assert senders in ([f"lan-{old.letter}", f"lan-{new.letter}"], [f"lan-{new.letter}"])
+    last = max((when for when, ttl in answers if ttl == old.ttl), default=begun)
+    first = min(when for when, ttl in answers if ttl == new.ttl)
+    lost = [p.lost() for p in between], [p.lost() for p in gateway]
+    report(
+        f"{what}, etcd's leader on {etcd_leader}: another answers after {first - begun:.1f} s, {first - last:.1f} "
+        f"s after the last answer; of ten pings a second lost between other hosts {lost[0]}, to the gateway {lost[1]}"
+    )
+    leave(new_guest)
+    assert entries.items() <= old.registry().items()
+
+
+def test_gateway_is_not_reached_when_its_program_hangs_even_if_no_other_can_lead(leaders):
+    old = leaders.leader()
+    pinger = Pinger(next(guest for guest in leaders.guests if guest.host is old), "10.83.0.1")
+    wait_for(pinger.answered, "answers before")
+    for host in leaders.others(old):
+        host.program.send_signal(signal.SIGSTOP)
+    begun = time.time()
+    old.program.send_signal(signal.SIGSTOP)
+    wait_for(lambda: time.time() - max(when for when, _, _ in pinger.answers()) > 2, "no answer for 2 s")
+    report(f"a program that hangs: the last answer after {max(w for w, _, _ in pinger.answers()) - begun:.1f} s")
+    for host in leaders.hosts:
+        host.program.send_signal(signal.SIGCONT)
+    wait_for(lambda: leaders.leader() and pinger.answered(time.time() - 1), "a leader", 60)
+    wait_for(lambda: equal(leaders), "equal registries")
+
+
+def test_nothing_is_written_to_etcd_while_a_leader_leads(leaders):
+    check_nothing_is_written(leaders, 7)
+
+
+def test_dnsmasq_that_ends_has_another_host_lead(leaders):
+    old = leaders.leader()
+    children = Path(f"/proc/{old.program.pid}/task/{old.program.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    wait_for(lambda: any(host.leads() for host in leaders.others(old)), "another leads", 60)
+    assert old.program.wait(30) == 1
+    old.processes.remove(old.program)
+    old.start_lead()
+    wait_for(lambda: equal(leaders), "equal registries")
+
+
+def test_change_where_no_host_leads_or_another_is_refused_with_its_name(leaders):
+    leader, mac = leaders.leader(), leaders.guests[0].mac
+    for host in leaders.others(leader):
+        wait_for(lambda host=host: host.follows() == f"{leader.letter} leads", "the leader's name")
+        result = host.run(sys.executable, UPDATE, "--remove", mac, env=environment(host.base), check=False)
+        assert result.returncode == 1 and result.stderr.endswith(f": {leader.letter} leads\n")
+    leader.update("--rename", mac, "renamed")
+    wait_for(lambda: all(h.registry()[mac]["name"] == "renamed" for h in leaders.hosts), "the name on all")
+
+
+# ---- What happens to etcd once a year ----
+@pytest.fixture(scope="module")
+def chaos(leaders):
+    """The same, with guests that ping the gateway."""
+    return network_chaos.Chaos(leaders, [Pinger(guest, "10.83.0.1") for guest in leaders.guests])
+
+
+@pytest.mark.parametrize("case", [name for name, (*_, quick) in network_chaos.CASES.items() if quick])
+def test_all_hosts_have_what_was_acknowledged_after(chaos, case):
+    took, times = network_chaos.play(chaos, case)
+    report(f"{case}: one registry in force after {took:.1f} s; a host began to lead {times} times")
