@@ -105,10 +105,9 @@ is_bridge() {
         [ $(cat /sys/class/net/br0/address) = 10:66:6a:4c:a1:fe ] && ip route show default | grep "via 192.168.1.1 dev br0" &&
         [ $(ip route show default | wc -l) = 1 ] && ip -n pc neigh flush all; ip netns exec pc ping -c 1 -W 1 192.168.1.5'
 }
-no_bridge() {
-    run sh -c 'ip link delete br0; ip link set eth0 nomaster; ip address flush dev eth0; ip address add 192.168.1.5/24 dev eth0
-        ip route replace default via 192.168.1.1' 2>/dev/null
-}
+# no_bridge: as a boot begins. with_address: as it was before
+no_bridge() { run sh -c 'ip link delete br0; ip link set eth0 nomaster down; ip address flush dev eth0' 2>/dev/null; }
+with_address() { run sh -euc 'ip link set eth0 up; ip address add 192.168.1.5/24 dev eth0; ip route replace default via 192.168.1.1'; }
 
 step "a LAN"
 run sh /root/lan
@@ -130,6 +129,7 @@ is_bridge
 run systemctl stop systemd-networkd systemd-networkd.socket
 run sh -c 'rm /etc/systemd/network/*'
 no_bridge
+with_address
 run systemctl start NetworkManager
 until_true 10 "NetworkManager" nmcli device
 ping_host
@@ -140,24 +140,25 @@ is_bridge
 none_lost NetworkManager
 run systemctl stop NetworkManager
 no_bridge
+run rm -r /run/NetworkManager # as a boot does
 run systemctl start NetworkManager
 is_bridge
 run systemctl stop NetworkManager
 no_bridge
+with_address
 ping_host
 follow examples/lan/README.md 'interfaces.d'
 follow examples/lan/README.md 'ip -batch'
 is_bridge
 none_lost ifupdown
 no_bridge
-run ip address flush dev eth0
 run ifup br0
 is_bridge
 ping_host
 
 step "registry, names, guard"
 for guest in 1:web 2:db 3:cache; do run sh /root/guest "${guest#*:}" "0${guest%:*}"; done
-until_true 20 "leases" sh -c '[ "$(for g in web db cache; do ip -n $g -o -4 address show eth0; done | wc -l)" -eq 3 ]'
+until_true 20 "leases" sh -c 'ip netns exec web ip address; bridge link; ip route; [ "$(for g in web db cache; do ip -n $g -o -4 address show eth0; done | wc -l)" -eq 3 ]'
 follow examples/lan/README.md 'apt-get install'
 until_true 10 "the program" systemctl is-active instances-snoop
 follow examples/lan/README.md 'bridge fdb'
@@ -202,6 +203,8 @@ END
 run sh -euc 'pkill -x unbound; sleep 0.5; sed "s/10.83.0.1/192.168.1.5/" /root/instances/examples/adopting/unbound.conf >>/root/unbound.conf
     exec ip netns exec router unbound -c /root/unbound.conf'
 ask | grep -q '^192\.168\.1\.1' || fail "unbound as the router"
+
+until_true 20 "nothing that is wrong" instances-show --check # when the router, which started, has announced its prefix
 
 step "a guest that is gone"
 follow examples/lan/README.md 'chmod 755'
