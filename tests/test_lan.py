@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -333,14 +332,17 @@ def test_lease_of_a_time_without_the_program_is_registered_when_it_is_renewed(la
     lan.serve(DHCP4)
     lan.host.stop(lan.process)
     guest = lan.guest()
-    client = guest.start_dhcp4("late")
+    guest.start_dhcp4("late")
     wait_for(lambda: "bound" in guest.events(), "the lease")
+    address = guest.addresses("10.83")[0]
     assert guest.pings(HOST4) and guest.mac not in lan.host.registry()
     lan.host.run("nft", "flush", "set", "bridge", "instances", "instances_leased")  # five minutes later
     assert not guest.pings(HOST4)
     lan.start()
-    client.send_signal(signal.SIGUSR1)
-    guest.wait_registered("renew 10.83")
+    renewal = bootp(guest, "request", ("hostname", b"late"), ciaddr=address)
+    renewal.dst, renewal[scapy.IP].src, renewal[scapy.IP].dst = lan.router.mac, address, ROUTER4
+    guest.send(bytes(renewal))
+    wait_for(lambda: lan.host.registry().get(guest.mac, {}).get("ipv4") == address, "its renewal")
     assert lan.host.registry()[guest.mac]["name"] == "late"
     wait_for(lambda: guest.pings(HOST4), "the host")
 
