@@ -537,8 +537,8 @@ def test_changes_by_elements_lead_to_what_loading_leads_to(applied):
             assert first == whole
 
 
-@pytest.mark.parametrize("by", ["elements", "an interval", "an edit"])
-def test_what_sets_learned_outlives_an_update_and_not_an_edit(applied, by):
+@pytest.mark.parametrize("by", ["elements", "an interval", "settings", "a load by hand", "an edit"])
+def test_what_sets_learned_outlives_all_but_an_edit(applied, by):
     bridge = applied.rules / "bridge.nft"
     applied.apply()
     applied.host.run("nft", "add element bridge instances instances_claiming { 10:66:6a:4c:a1:99 }")
@@ -546,12 +546,17 @@ def test_what_sets_learned_outlives_an_update_and_not_an_edit(applied, by):
     applied.host.update("add", *WEB)
     if by == "an interval":
         applied.host.update("--allow", WEB[0], "10.99.0.0/24")
+    if by == "settings":
+        applied.write_settings(INSTANCES_ADDRESS_SETS="host,web,db", INSTANCES_GUARD="observe")
+    if by == "a load by hand":
+        applied.host.run("nft", "-f", bridge)
     if by == "an edit":
         bridge.write_text(bridge.read_text() + "table bridge more\ndelete table bridge more\n")
-    assert ("bridge.nft: loaded" in applied.apply().stderr) == (by == "an edit")
+    by_elements = by in ("elements", "an interval")
+    assert ("bridge.nft: loaded" in applied.apply().stderr) == (not by_elements)
     assert ("10:66:6a:4c:a1:99" in applied.ruleset()) == (by != "an edit")
-    assert ("10.83.0.66" in applied.ruleset()) == (by != "an edit"), "which has nothing to do with it"
-    assert "10.83.0.11" in applied.ruleset()
+    assert ("10.83.0.66" in applied.ruleset()) == by_elements, "which has nothing to do with it"
+    assert "10.83.0.11" in applied.ruleset() and applied.apply().stderr == ""
 
 
 def test_addresses_do_not_stay_where_a_rule_file_does_not_empty_the_sets(applied):

@@ -106,7 +106,8 @@ def test_link_local_address_is_its_first_sender_s(claimed, attack, who):
 
 def test_claims_outlive_a_load_of_the_rule_file_by_hand(claimed):
     attacker, host = claimed.registered, claimed.host
-    host.run("nft", "-f", claimed.rules)  # the next run of instances-apply loads it in place of its table
+    host.run("nft", "-f", claimed.rules)
+    host.run(*host.applying())
     claimed.is_dropped("NDP target", attacker, advertised(attacker, CLAIMED))
     assert host.neighbour(CLAIMED) == claimed.victim.mac
 
