@@ -152,6 +152,7 @@ tr '\n' ' ' <"$page" | grep -o '`nmcli [^`]*`' | tr -d '`' >"$folder/lines"
 nmcli() { run sh -euc "$(grep "$1" "$folder/lines"); nmcli device reapply br0" >"$folder/log" 2>&1 || failed "nmcli"; }
 run sh -euc 'sed -i "/br0/,\$d" /etc/network/interfaces
     printf "%s\n" "[keyfile]" "unmanaged-devices=*,except:interface-name:br0" >/etc/NetworkManager/conf.d/only.conf
+    ip link delete br0 # or NetworkManager makes a connection br0 of it
     systemctl start NetworkManager
     nmcli connection add type bridge con-name br0 ifname br0 bridge.stp no bridge.mac-address 10:66:6a:4c:a1:fe \
         ipv4.method manual ipv4.addresses 10.83.0.1/24 ipv6.method manual ipv6.addresses 2001:67c:83::1/80,fd83:5eed::1/80
