@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment, run_script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell's background job, whose children ignore it
 sys.dont_write_bytecode = True  # pytest-xdist's workers do not inherit -B, and the top level is to hold nothing else
 hypothesis.settings.register_profile("here", database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("here")

@@ -360,7 +360,8 @@ class Host(Namespace):
                     os.kill(int(pid), signal.SIGKILL)
             return helpers or any("DNSMASQ_INTERFACE=" in process_file(pid, "environ") for pid in pids)
 
-        wait_for(lambda: not running(), "the end of dnsmasq")
+        # Twice: a process that begins another program has no environment for a moment.
+        wait_for(lambda: not running() and not running(), "the end of dnsmasq")
 
     def write_settings(self, **variables: str) -> Path:
         """Write settings for instances-apply, which keep it to this host's folder, and these; return their file."""
