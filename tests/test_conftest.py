@@ -49,9 +49,14 @@ def start(tmp_path):
         command = [sys.executable, "-B", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options, tmp_path]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True, **pipes)
+        runs.append(subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True, **pipes))
+        return runs[-1]
 
-    return started
+    runs = []
+    yield started
+    for pytest_run in runs:
+        pytest_run.kill()
+        pytest_run.communicate()
 
 
 ENDS = [(number, ()) for number in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")] + [("SIGTERM", ("-n", "1"))]
@@ -61,11 +66,11 @@ ENDS = [(number, ()) for number in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")] +
 @pytest.mark.parametrize(("number", "options"), ENDS, ids=str)
 def test_run_that_is_ended_leaves_no_namespace_and_no_process(start, tmp_path, number, options):
     pids = tmp_path / "pids"
-    with start(WAITING, *options) as pytest_run:
-        wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
-        worker = (tmp_path / "worker").read_text().strip()
-        pytest_run.send_signal(signal.Signals[number])
-        pytest_run.wait(60)
+    pytest_run = start(WAITING, *options)
+    wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
+    worker = (tmp_path / "worker").read_text().strip()
+    pytest_run.send_signal(signal.Signals[number])
+    pytest_run.wait(60)
     wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
     wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
 
@@ -73,11 +78,11 @@ def test_run_that_is_ended_leaves_no_namespace_and_no_process(start, tmp_path, n
 @pytest.mark.slow
 def test_killed_worker_leaves_no_namespace_and_no_process(start, tmp_path):
     pids = tmp_path / "pids"
-    with start(WAITING, "-n", "1", "--max-worker-restart", "0") as pytest_run:
-        wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
-        worker = (tmp_path / "worker").read_text().strip()
-        os.kill(int(worker), signal.SIGKILL)
-        assert "crashed" in pytest_run.communicate(timeout=60)[0]
+    pytest_run = start(WAITING, "-n", "1", "--max-worker-restart", "0")
+    wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
+    worker = (tmp_path / "worker").read_text().strip()
+    os.kill(int(worker), signal.SIGKILL)
+    assert "crashed" in pytest_run.communicate(timeout=60)[0]
     wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
     wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
 
