@@ -20,6 +20,7 @@ from conftest import PROGRAMS, lock_held, need
 from hypothesis import given
 from hypothesis import strategies as st
 from lab import EXAMPLES, HOST_MAC, TOP, Host, environment, run, wait_for
+from test_clients import CLIENTS as PROGRAMS_OF
 from test_clients import NETWORKD, Guest
 
 pytestmark = pytest.mark.slow
@@ -167,6 +168,7 @@ def in_use(guest, *prefixes: str) -> list[str]:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_guests_are_registered_by_their_own_clients_and_the_lan_s_machines_are_not(lan, router):
     names, options, used, leased = ROUTERS[router]
+    need(*(PROGRAMS_OF[name][1] for name in names))
     lan.serve(*options)
     guests = [Guest(lan.host, name) for name in names]
     machine = lan.switch.client("laptop", "10:66:6a:4c:a1:04")
@@ -418,7 +420,8 @@ def test_networkd_is_a_router_too(lan):
     config.mkdir()
     lan.router.run("ip", "address", "flush", "dev", "eth0", "to", f"{ROUTER4}/24")  # or it would configure it for ever
     text = f"[Match]\nName=eth0\n[Network]\nKeepConfiguration=static\nAddress={ROUTER4}/24\nIPv6AcceptRA=no\n"
-    text += f"DHCPServer=yes\nIPv6SendRA=yes\n[DHCPServer]\nPoolOffset=150\n[IPv6Prefix]\nPrefix={PREFIX}/64\n"
+    text += "DHCPServer=yes\nIPv6SendRA=yes\n[DHCPServer]\nPoolOffset=150\n"
+    text += f"PersistLeases=no\n[IPv6Prefix]\nPrefix={PREFIX}/64\n"  # or a newer one waits for a unit of the system's
     (config / "eth0.network").write_text(text)
     commands = "mount -t tmpfs none /run; mkdir -p /run/systemd/network; mount --bind $0 /run/systemd/network"
     commands += f"; mount -o remount,ro /sys; SYSTEMD_LOG_TARGET=console exec {NETWORKD}"
