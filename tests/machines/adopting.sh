@@ -103,7 +103,8 @@ boot
 
 # follow PAGE WORDS: run the block that has these words, with the lease file of this dnsmasq
 follow() {
-    lines "the block that has: $2" "$(block "$@" | sed 's,/var/lib/misc/dnsmasq\.leases,/var/lib/misc/lan.leases,')"
+    commands=$(block "$@")
+    lines "the block that has: $2" "$(printf '%s\n' "$commands" | sed 's,/var/lib/misc/dnsmasq\.leases,/var/lib/misc/lan.leases,')"
 }
 # state: what is on the disk, and in force
 state() {

@@ -70,28 +70,6 @@ END
 # ---- The machine ----
 enter_group
 boot
-
-# failed WHAT: with what was printed, and what the machine's services have said
-failed() {
-    cat "$folder/output" "$folder/log" >&2
-    run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u 'kea*' >&2 || true
-    fail "$1"
-}
-# until_true SECONDS WHAT COMMAND...: a command inside, until it succeeds
-until_true() {
-    seconds=$1 what=$2
-    shift 2
-    end=$(($(date +%s) + seconds))
-    until run "$@" >"$folder/output" 2>"$folder/log"; do
-        [ "$(date +%s)" -lt "$end" ] || failed "$what: not within $seconds s"
-        sleep 0.2
-    done
-}
-# follow PAGE WORDS: run the block that has these words
-follow() {
-    commands=$(block "$@")
-    run sh -euc "cd /root/instances; $commands" >"$folder/output" 2>"$folder/log" || failed "the block that has: $2"
-}
 # ping_host: the LAN's machine pings the host from now on. none_lost: not one was lost since then
 ping_host() { run sh -c 'ip netns exec pc ping -n -i 0.05 192.168.1.5 >/run/pings 2>&1 & echo $! >/run/pings.pid'; }
 none_lost() {

@@ -62,7 +62,6 @@ END
 # ---- The machine ----
 enter_group
 boot
-follow() { lines "the block that has: $2" "$(block "$@")"; }
 domain=instance.internal
 page=$top/examples/adopting/README.md
 # guest_asks: the guest finds a name of ours, and another one

@@ -151,7 +151,7 @@ run() {
 # failed WHAT: with what was printed last, and what its services have said
 failed() {
     cat "$folder/output" "$folder/log" >&2
-    run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u '*resolve*' -u unbound -u NetworkManager >&2 || true
+    run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u '*resolve*' -u unbound -u NetworkManager -u 'kea*' >&2 || true
     fail "$1"
 }
 # until_true SECONDS WHAT COMMAND...: a command in the machine, until it succeeds
@@ -166,6 +166,11 @@ until_true() {
 }
 # lines WHAT COMMANDS: commands in the machine, in this project's folder
 lines() { run sh -euc "cd /root/instances; $2" >"$folder/output" 2>"$folder/log" || failed "$1"; }
+# follow PAGE WORDS: the block of a page that has these words
+follow() {
+    commands=$(block "$@") # by itself, so that a block that is not there ends this
+    lines "the block that has: $2" "$commands"
+}
 # boot [OPTION...]: boots $root, with these options of systemd-nspawn; its process is $nspawn
 boot() {
     systemd-nspawn --quiet --register=no --keep-unit --private-network --resolv-conf=off --timezone=off \
