@@ -34,19 +34,7 @@ def load(script: Path):
 
 
 # With --dist loadfile a file is one worker's: those that take longest are begun first.
-LONGEST = [
-    "network_lead",
-    "network",
-    "apply",
-    "firewalls",
-    "claims",
-    "identity",
-    "egress",
-    "fuzz",
-    "routed",
-    "clients",
-    "pages",
-]
+LONGEST = ["firewalls", "apply", "network_lead", "lan", "claims", "fuzz", "egress", "identity", "clients", "routed"]
 
 
 def pytest_collection_modifyitems(items):

@@ -138,8 +138,8 @@ def process_file(pid: str | int, name: str) -> str:
 
 
 def is_alive(pid: str | int) -> bool:
-    """Tell whether a process runs: one that ended has no command line, even before its parent asks for its status."""
-    return process_file(pid, "cmdline") != ""
+    """Tell whether a process has not ended; the sockets of one that has are closed, even before its parent asks."""
+    return re.search(r"^State:\s[^ZX]", process_file(pid, "status"), re.MULTILINE) is not None
 
 
 def mounted(mounts: dict[str, Path]) -> list[str]:

@@ -415,3 +415,10 @@ def test_ifup_after_a_failed_one_works_and_ifdown_leaves_nothing(vmbridge):
     client.run("ip", "link", "delete", "eth0")
     assert vmbridge.run("ifdown", "vmbr0").returncode == 0 and vmbridge.left() == []
     assert vmbridge.host.run("ip", "link", "show", "vmbr0", check=False).returncode
+
+
+def test_another_start_with_other_options_never_finds_the_address_in_use(vmbridge):
+    assert vmbridge("start").returncode == 0
+    for options in (["nat"], []) * 4:
+        again = vmbridge("start", *options)
+        assert "started again, with other options" in again.stdout, again.stderr
