@@ -390,6 +390,10 @@ class Host(Namespace):
             )
         self.start_dnsmasq(config=self.example("dnsmasq/br0.conf"))
 
+    def settle(self) -> None:
+        """Do the service's work, so that it has none to do afterwards."""
+        self.run("flock", f"{self.base}.updated.service", *self.applying())
+
     def br_netfilter(self, on: bool) -> None:
         """Have this host's IP and ARP hooks see what its bridges forward, or not."""
         for hooks in ("arptables", "iptables", "ip6tables") if HAS_BR_NETFILTER else ():

@@ -43,6 +43,7 @@ def guests(tmp_path_factory):
             guest.dhcp6(guest.label)
         for guest in guests[:2]:
             host.update("--allow", guest.mac, SHARED4, SHARED6)
+        host.settle()
         for guest in guests:
             for address in ("10.83.0.1", "2001:67c:83::1"):
                 wait_for(lambda g=guest, a=address: g.pings(a), f"{guest.label} behind the guard")
