@@ -37,6 +37,11 @@ def load(script: Path):
 LONGEST = ["firewalls", "apply", "network_lead", "lan", "claims", "fuzz", "egress", "identity", "clients", "routed"]
 
 
+def pytest_configure(config):
+    """Have pytest-xdist 3.7 and newer keep that order, too."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
     """Have the files that take longest before the others."""
     names = [f"test_{name}.py" for name in LONGEST]
