@@ -383,7 +383,8 @@ class Host(Namespace):
         self.update("--initialize", "br0", "host")
         self.write_settings()
         self.run(*self.applying())
-        service = 'while sleep 0.05; do flock "$0.service" sh -c \'[ ! -e "$0" ] || "$@"\' "$0" "$@"; done'
+        work = """flock "$0.service" sh -c '[ ! -e "$0" ] || "$@"' "$0" "$@" """
+        service = f'while sleep 0.05; do [ ! -e "$0" ] || {work}; done'
         with open(self.folder / "service.log", "w") as log:
             self.service = self.start(
                 "sh", "-c", service, f"{self.base}.updated", *self.applying(), stdout=log, stderr=log
