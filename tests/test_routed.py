@@ -78,9 +78,9 @@ class Routed:
 
     def gets_no_lease(self, guest: Client) -> None:
         """Check that a guest's DHCP requests are dropped."""
-        before = self.drops()
-        guest.start_dhcp4()
+        before, process = self.drops(), guest.start_dhcp4()
         wait_for(lambda: self.drops() >= before + 2, "the drop of its requests")
+        guest.stop(process)
         assert "bound" not in guest.events()
 
     def binding(self, *arguments, by: tuple = (), **variables: str) -> subprocess.CompletedProcess:
@@ -115,7 +115,7 @@ class Routed:
         values = {"INDEV": f"tap{number}", "MAC": f"10:66:6A:4C:A1:1{number}", "IP": f'"10.85.0.1{number}"'}
         values |= {"HOSTNAME": f"'guest{number}'", "SUBNET6": "2001:67c:85::/64", "GATEWAY6": "2001:67c:85::1"}
         values |= {"GATEWAY": "10.85.0.1", "SUBNET": "10.85.0.0/24", "MTU": "1400", "UNKNOWN": "$(reboot)"} | changes
-        path = self.host.folder / f"binding{number}"
+        path = self.host.folder / f"guest {number}'s $(reboot)"
         path.write_text("\n".join([f"{key}={value}" for key, value in values.items() if value] + list(lines)) + "\n")
         return path
 
@@ -222,10 +222,11 @@ def test_routed_example_binds_guests_to_their_devices(routed):
     assert forged.returncode == 1 and routed.drops() > before
 
     one.ip("address delete 10.85.0.11/24 dev eth0")
-    routed.remove(host.folder / "binding1")
+    file = routed.file(1)
+    routed.remove(file)
     assert not one.pings("10.85.0.11") and "tap1" not in routed.binding("list").stdout
     assert "10.85.0.11" not in routed.kernel()
-    routed.refuses("remove", host.folder / "binding1", why="has no binding")
+    routed.refuses("remove", file, why="has no binding")
 
 
 def test_dnsmasq_lives_on_and_the_address_of_a_removed_guest_is_free_at_once(routed):
@@ -306,7 +307,7 @@ def test_restore_brings_all_back_after_a_boot(routed):
     routed.refuses("restore", "tap7", why="tap7 has no binding")
 
 
-def test_restore_goes_on_after_a_binding_that_it_can_not_bring_back(standing):
+def test_restore_goes_on_after_a_binding_that_it_can_not_bring_back_and_a_record_that_is_damaged(standing):
     standing.add(6)
     standing.add(7)
     standing.host.ip("link delete tap6", "link delete tap7", "link add tap6 type bridge")  # with no room for the MTU
@@ -314,6 +315,12 @@ def test_restore_goes_on_after_a_binding_that_it_can_not_bring_back(standing):
     record.write_text(record.read_text().replace("mtu=1400", "mtu=9999999"))
     result = standing.binding("restore")
     assert result.returncode == 1 and "tap7: restored" in result.stderr and "tap6: restored" not in result.stderr
+    for text in ("", "\0" * 100, "device=tap6\nmac='10:66"):
+        record.write_text(text)
+        result = standing.binding("restore")
+        assert result.returncode == 0 and re.fullmatch(r".*tap6 is damaged.*\n.*tap7: restored\n", result.stderr)
+    standing.host.ip("link delete tap6")
+    standing.add(6)
 
 
 def test_add_that_was_killed_half_way_is_undone_or_finished(standing, tmp_path):
@@ -534,16 +541,6 @@ def test_prefix_and_addresses_written_out_are_the_same(standing):
     assert texts[0] == texts[1] == texts[2] and "2001:67c:85:0:1266:6aff:fe4c:a117" in texts[0]
 
 
-def test_routed_example_makes_and_deletes_a_tap(standing):
-    before = standing.kernel()
-    file = standing.file(7).rename(standing.host.folder / "guest 7's $(reboot)")
-    assert standing.binding("add", file).returncode == 0
-    assert "tun type tap" in standing.host.run("ip", "-details", "link", "show", "tap7").stdout
-    standing.refuses("add", file, why="tap7 has a binding already")
-    standing.remove(file)
-    assert standing.kernel() == before
-
-
 REFUSED = {
     "INDEV": ["", "eth0", "gw0", "uap0", "vif9", "tap0/../x", "tap4567890123456"],
     "MAC": ["", "06-10:66:6a:4c:a1:11", "11:66:6a:4c:a1:11", "ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00"],
@@ -606,16 +603,6 @@ def test_record_is_on_disk_before_it_is_in_place(standing, tmp_path):
     assert standing.binding("add", standing.file(7), by=traced).returncode == 0
     calls = re.findall(r"(fsync|rename)\(", log.read_text())
     assert calls == ["fsync", "rename"] * 3  # the record, the option and the lease
-
-
-def test_record_that_is_damaged_is_told_of_and_keeps_no_other_from_being_restored(standing):
-    standing.add(6)
-    standing.add(7)
-    for text in ("", "\0" * 100, "device=tap6\nmac='10:66"):
-        (standing.state / "bindings" / "tap6").write_text(text)
-        result = standing.binding("restore")
-        assert result.returncode == 0 and re.fullmatch(r".*tap6 is damaged.*\n.*tap7: restored\n", result.stderr)
-    standing.add(6)
 
 
 def test_device_is_meant_where_another_binding_has_a_file_of_that_name(standing):
