@@ -266,33 +266,25 @@ REVERSE = {  # networks, and the pointers in their zones
 }
 
 
+OWN = {
+    "zone": '; mine\n\n@ MX 10 mail.wan\n* 300 IN A 192.0.2.80\nweb.wan TXT "of (web); "\nWWW.wan CNAME web.wan\n'
+    "lan.lan.Instance.example. IN 60 A 10.83.0.99\n",
+    "tinydns": "# mine\n\n@instance.example::mail.wan.instance.example:10\n+*.instance.example:192.0.2.80\n"
+    "'web.wan.instance.example:of web\nCwww.wan.instance.example:web.wan.instance.example\n"
+    "+www.instance.example:192.0.2.81\n=lan.lan.instance.example:10.83.0.99\n",
+}
+
+
 @pytest.mark.parametrize("kind", ["zone", "tinydns"])
 def test_own_records_stand_beside_the_instances_and_no_instance_takes_their_names(tmp_path, kind):
     need("named-checkzone", "nsd-checkzone", "tinydns-data")
-    registry = REGISTRY | {"10:66:6a:4c:a1:16": {"name": "www", "ipv4": "198.20.0.16"}}
-    make_hosts(tmp_path, registry)
-    own = {
-        "zone": [
-            "@ MX 10 mail.wan",
-            "* 300 IN A 192.0.2.80",
-            'web.wan TXT "of (web); "',
-            "WWW.wan CNAME web.wan",
-            "lan.lan.Instance.example. IN 60 A 10.83.0.99",
-        ],
-        "tinydns": [
-            "@instance.example::mail.wan.instance.example:10",
-            "+*.instance.example:192.0.2.80",
-            "'web.wan.instance.example:of web",
-            "Cwww.wan.instance.example:web.wan.instance.example",
-            "+www.instance.example:192.0.2.81",
-            "=lan.lan.instance.example:10.83.0.99",
-        ],
-    }[kind]
-    (tmp_path / "made.own").write_text("\n".join(["# mine" if kind == "tinydns" else "; mine", "", *own, ""]))
+    make_hosts(tmp_path, REGISTRY | {"10:66:6a:4c:a1:16": {"name": "www", "ipv4": "198.20.0.16"}})
+    (tmp_path / "made.own").write_text(OWN[kind])
     result = zone(kind, tmp_path, *SERVER)
     assert result.returncode == 0 and "www.wan.instance.example is" in result.stderr
     text = (tmp_path / "made").read_text()
-    assert text.endswith("\n".join([*own, ""])) and "198.20.0.16" not in text.replace("+www.lan", "")
+    assert text.endswith("\n" + OWN[kind].partition("\n\n")[2])
+    assert "198.20.0.16" not in text.replace("+www.lan", "")
     assert "10.83.0.15" not in text.replace("+lan.instance.example:10.83.0.15", "")
     assert "2001:67c:83::11" in text or ":28:" in text
     if kind == "zone":
@@ -467,10 +459,12 @@ def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tm
     before = made("zone", tmp_path, *SERVER)
     make_hosts(tmp_path, {})
     for words in REFUSED:
-        result = zone("zone", tmp_path, *words)
-        assert result.returncode == 1 and result.stderr.startswith("instances-zone.py: error: "), words
-        assert len(result.stderr.splitlines()) == 1
-        assert (tmp_path / "made").read_text() == before and not (tmp_path / "made.new").exists()
+        for file in ("made", "new"):
+            result = zone("zone", tmp_path, *words, file=file)
+            assert result.returncode == 1 and result.stderr.startswith("instances-zone.py: error: "), words
+            assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "made").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "var"]
 
 
 def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
