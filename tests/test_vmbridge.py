@@ -102,12 +102,6 @@ def guest(vmbridge, label, number, gateway="", bridge="br0"):
     return client
 
 
-def echoes(node):
-    """Return how many echo requests have come to a machine."""
-    names, values = (line.split() for line in node.run("grep", "^Icmp:", "/proc/net/snmp").stdout.splitlines())
-    return int(values[names.index("InEchos")])
-
-
 def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
     vmbridge.host.run("nft", "add", "table", "inet", "mine")
     vmbridge("status", status=3)
@@ -147,6 +141,11 @@ def test_vmbridge_starts_at_once_are_one_start(vmbridge):
         vmbridge("status")
         assert "masquerade" in vmbridge.ruleset()
         vmbridge("stop")
+
+
+def test_vmbridge_starts_again_with_other_options_when_its_ports_are_free(vmbridge):
+    for number in range(20):
+        vmbridge("start", *["nat"] * (number % 2))
 
 
 def test_vmbridge_status_tells_what_is_gone_and_start_restores_it(vmbridge):
@@ -329,9 +328,8 @@ def test_vmbridge_does_nat_if_asked_and_lets_nobody_in(vmbridge, outside):
 
     # Without nat after nat: nobody gets out, and none is told to.
     assert "with other options" in vmbridge("start")
-    before = echoes(outside)
-    assert not web.pings("192.0.2.53") and echoes(outside) == before
-    assert web.pings("10.83.0.1") and other.pings("192.0.2.53") and echoes(outside) == before + 1
+    assert "Packet filtered" in web.run("ping", "-n", "-c", "1", "-W", "2", "192.0.2.53", check=False).stdout
+    assert web.pings("10.83.0.1") and other.pings("192.0.2.53")
     assert "router= " in guest(vmbridge, "late", 14).events()
     for bridge in ("br0", "br1"):
         vmbridge("status", bridge=bridge)
