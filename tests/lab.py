@@ -25,6 +25,9 @@ DHCP_RANGES = ("10.83.0.100,10.83.0.199", "2001:67c:83::100,2001:67c:83::1ff,80"
 HAS_BR_NETFILTER = Path("/proc/sys/net/bridge").exists()
 PATIENCE = int(os.environ.get("TEST_PATIENCE", "1"))  # how many times as slow as others a machine may be
 OPEN = []  # the namespaces that are there
+# Another dnsmasq than the bridge's, which takes nothing from the machine
+DNSMASQ = ["dnsmasq", "--conf-file=/dev/null", "--keep-in-foreground", "--user=root", "--pid-file", "--log-facility=-"]
+DNSMASQ += ["--no-resolv", "--no-hosts"]
 _numbers = itertools.count()
 
 
@@ -92,6 +95,15 @@ for line in sys.stdin:
     ring[:12] = struct.pack("LI", 1, len(frame))
     packets.sendto(b"", ("eth0", 0))
     print("sent", flush=True)
+"""
+# Prints what comes to an address, in IPv6's form, and a UDP port, and from where
+LISTENER = """\
+import socket, sys
+heard = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+heard.bind((sys.argv[1], int(sys.argv[2])))
+print("listens", flush=True)
+while True:
+    print(*heard.recvfrom(2000), flush=True)
 """
 
 
@@ -189,10 +201,20 @@ class Namespace:
         assert not check or result.returncode == 0, f"{arguments}: {result.stdout}{result.stderr}"
         return result
 
+    def ip(self, *lines: str) -> None:
+        """Run ip with each of these lines."""
+        self.run("ip", "-batch", "-", input="\n".join(lines))
+
     def start(self, *arguments, **options) -> subprocess.Popen:
         """Start a command that is ended with the namespace."""
         self.processes.append(subprocess.Popen(self.command(*arguments), **options))
         return self.processes[-1]
+
+    def hear(self, log: Path, address: str, port: int) -> None:
+        """Write to a file what comes to an address, in IPv6's form, and a UDP port; return when it is listened to."""
+        with open(log, "w") as file:
+            self.start(sys.executable, "-c", LISTENER, address, port, stdout=file)
+        wait_for(log.read_text, "a listener")
 
     def stop(self, process: subprocess.Popen, number: int = signal.SIGTERM) -> None:
         """End one of the started processes."""

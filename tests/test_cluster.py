@@ -1,13 +1,12 @@
 """The example cluster."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, PROCESS, UPDATE, Host, block, environment, wait_for
+from lab import DNSMASQ, EXAMPLES, PROCESS, UPDATE, Host, block, environment, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +50,7 @@ def join(host: Host, mac: str, name: str, both: bool = True):
     if both:
         guest.start_dhcp6(name)
         guest.wait_registered("BOUND6 fd84")
-        guest.run("ip", "route", "add", "default", "via", host.address)
+        guest.ip(f"route add default via {host.address}")
         wait_for(lambda: "default" in guest.run("ip", "-6", "route").stdout, "the router advertisement's route")
     hand_over(host)
     return guest
@@ -62,52 +61,26 @@ def cluster(tmp_path_factory):
     """Hosts a and b after the README's commands, run twice."""
     need("sysctl", *PROGRAMS)
     hosts = []
-    try:
-        for number, letter in ((1, "a"), (2, "b")):
-            folder = tmp_path_factory.mktemp("cluster") / letter
-            folder.mkdir()
-            addresses = (f"10.84.{number}.1/24", f"fd84:{number}::1/80")
-            hosts.append(Host(folder, addresses, f"10:66:6a:4c:a{number}:fe"))
-            hosts[-1].address = f"10.84.{number}.1"
-        a, b = hosts
-        a.run("ip", "link", "add", "routed", "type", "veth", "peer", "name", "routed", "netns", b.name)
-        for number, host in ((1, a), (2, b)):
-            host.run("ip", "address", "add", f"192.0.2.{number}/24", "dev", "routed")
-            host.run("ip", "address", "add", f"2001:db8::{number}/64", "dev", "routed", "nodad")
-            host.run("ip", "link", "set", "routed", "up")
-        for host in hosts:
-            run_readme(host, COMMANDS)
-            run_readme(host, COMMANDS)
-            with open(host.folder / "upstream.log", "w") as log:
-                options = [
-                    "--port=5300",
-                    "--log-queries",
-                    "--log-facility=-",
-                    "--no-resolv",
-                    "--no-hosts",
-                    "--pid-file",
-                ]
-                upstream = [
-                    "--address=/#/192.0.2.99",
-                    "--bind-interfaces",
-                    "--listen-address=127.0.0.1",
-                    "--interface=lo",
-                ]
-                command = [
-                    "dnsmasq",
-                    "--conf-file=/dev/null",
-                    "--keep-in-foreground",
-                    "--user=root",
-                    *options,
-                    *upstream,
-                ]
-                host.start(*command, stdout=log, stderr=subprocess.STDOUT)
-            start_dnsmasq(host)
-            hand_over(host)
-        yield a, b
-    finally:
-        for host in hosts:
-            host.close()
+    for number, letter in ((1, "a"), (2, "b")):
+        folder = tmp_path_factory.mktemp("cluster") / letter
+        folder.mkdir()
+        hosts.append(Host(folder, (f"10.84.{number}.1/24", f"fd84:{number}::1/80"), f"10:66:6a:4c:a{number}:fe"))
+        hosts[-1].address = f"10.84.{number}.1"
+    a, b = hosts
+    a.ip(f"link add routed type veth peer name routed netns {b.name}")
+    for number, host in ((1, a), (2, b)):
+        host.ip(f"address add 192.0.2.{number}/24 dev routed", f"address add 2001:db8::{number}/64 dev routed nodad")
+        host.ip("link set routed up")
+        run_readme(host, COMMANDS)
+        run_readme(host, COMMANDS)
+        upstream = ["--port=5300", "--log-queries", "--address=/#/192.0.2.99", "--interface=lo", "--bind-interfaces"]
+        with open(host.folder / "upstream.log", "w") as log:
+            host.start(*DNSMASQ, *upstream, stdout=log, stderr=log)
+        start_dnsmasq(host)
+        hand_over(host)
+    yield a, b
+    for host in hosts:
+        host.close()
 
 
 def ask(client, *question) -> list[str]:

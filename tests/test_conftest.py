@@ -26,8 +26,6 @@ def test_of_a_failure(namespace):
 def test_that_is_not_reached(namespace):
     pass
 """
-
-
 WAITING = """
 from lab import Namespace, bound, run
 
@@ -41,7 +39,7 @@ def test_that_waits():
 
 @pytest.fixture
 def start(tmp_path):
-    """A function that starts pytest with a file of tests and options, in a folder of its own; returns the process."""
+    """A function that starts pytest with a file of tests and options, in a folder of its own, and returns it."""
     need("ip", "setpriv")
 
     def started(text, *options):
@@ -59,40 +57,29 @@ def start(tmp_path):
         pytest_run.communicate()
 
 
-ENDS = [(number, ()) for number in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")] + [("SIGTERM", ("-n", "1"))]
+ENDS = [(number, "run", ()) for number in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")]
+ENDS += [("SIGTERM", "run", ("-n", "1")), ("SIGKILL", "worker", ("-n", "1", "--max-worker-restart", "0"))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "options"), ENDS, ids=str)
-def test_run_that_is_ended_leaves_no_namespace_and_no_process(start, tmp_path, number, options):
+@pytest.mark.parametrize(("number", "whose", "options"), ENDS, ids=str)
+def test_run_that_is_ended_or_loses_its_worker_leaves_no_namespace_and_no_process(
+    start, tmp_path, number, whose, options
+):
     pids = tmp_path / "pids"
     pytest_run = start(WAITING, *options)
     wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
-    worker = (tmp_path / "worker").read_text().strip()
-    pytest_run.send_signal(signal.Signals[number])
-    pytest_run.wait(60)
+    worker = int((tmp_path / "worker").read_text())
+    os.kill(worker if whose == "worker" else pytest_run.pid, signal.Signals[number])
+    said = pytest_run.communicate(timeout=60)[0]
+    assert whose == "run" or "crashed" in said
     wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
     wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
 
 
-@pytest.mark.slow
-def test_killed_worker_leaves_no_namespace_and_no_process(start, tmp_path):
-    pids = tmp_path / "pids"
-    pytest_run = start(WAITING, "-n", "1", "--max-worker-restart", "0")
-    wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
-    worker = (tmp_path / "worker").read_text().strip()
-    os.kill(int(worker), signal.SIGKILL)
-    assert "crashed" in pytest_run.communicate(timeout=60)[0]
-    wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
-    wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
-
-
-def test_failure_with_a_fixture_of_a_module_is_shown_and_its_namespace_goes(tmp_path):
-    need("ip")
-    (tmp_path / "test_failing.py").write_text(FAILING)
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-p", "conftest", "-p", "no:cacheprovider", tmp_path]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "INTERNALERROR" not in result.stdout + result.stderr
-    name = result.stdout.partition("AssertionError: ")[2].split()[0]
+def test_failure_with_a_fixture_of_a_module_is_shown_and_its_namespace_goes(start):
+    pytest_run = start(FAILING, "-x")
+    said = pytest_run.communicate(timeout=60)[0]
+    assert pytest_run.returncode == 1 and "INTERNALERROR" not in said
+    name = said.partition("AssertionError: ")[2].split()[0]
     assert name.endswith("-failing") and name not in subprocess.check_output(["ip", "netns"], text=True)

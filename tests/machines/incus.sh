@@ -33,29 +33,8 @@ step "its boot"
 enter_group
 # Incus makes containers of its own in it, so it may do all that root may; of /proc/sys and /sys, it writes to the network only
 export SYSTEMD_NSPAWN_API_VFS_WRITABLE=network
-unshare --net sleep 86400 &
-switch=$!
-until [ "$(readlink "/proc/$switch/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
-on_switch() { nsenter --target "$switch" --net -- "$@"; }
-for bridge in lan management; do on_switch ip link add "$bridge" up type bridge; done
-# boot_host HOST NUMBER: a machine of the root, and its two interfaces: eth0 for guests, eth1 for management
-boot_host() {
-    mkdir "$folder/$1" "$folder/$1.upper" "$folder/$1.work" "$group/$1" # a group of its own: each systemd takes all in it
-    mount -t overlay overlay -o "lowerdir=$folder/root,upperdir=$folder/$1.upper,workdir=$folder/$1.work" "$folder/$1" ||
-        cannot "no overlay can be mounted"
-    echo "$1" >"$folder/$1/etc/hostname"
-    systemd-id128 new >"$folder/$1/etc/machine-id"
-    echo $$ >"$group/$1/cgroup.procs"
-    root=$folder/$1
-    boot --capability=all --system-call-filter="@keyring bpf"
-    echo $$ >"$group/cgroup.procs"
-    for port in lan:eth0 management:eth1; do
-        on_switch ip link add "$1-${port%:*}" type veth peer name "${port#*:}" netns "$leader"
-        on_switch ip link set "$1-${port%:*}" master "${port%:*}" up
-    done
-    run sh -euc "ip address add 192.0.2.$2/24 dev eth1; ip link set eth1 up"
-}
-boot_host a 1
+make_switch
+boot_host a 1 --capability=all --system-call-filter="@keyring bpf"
 
 step "this project, by README.md and the page"
 {
@@ -91,7 +70,6 @@ run sh -euc "$(block examples/egress/README.md 'nft delete table inet egress')"
 not run sh -c "$rules" >"$folder/log" 2>&1 || fail "rules are left in the container"
 
 step "three hosts"
-first=$leader
 sharing='ip link set eth0 master br0 up; rm /etc/instances/bridge.nft
     sed -i "/^ *meta ibrname /d" /root/instances/examples/network/network.nft
     cp /root/instances/examples/network/network.nft /etc/instances/; instances-apply'
@@ -99,7 +77,7 @@ lines "the guard of a" "$sharing"
 number=1
 for host in b c; do
     number=$((number + 1))
-    boot_host "$host" "$number"
+    boot_host "$host" "$number" --capability=all --system-call-filter="@keyring bpf"
     lines "$host" "$(grep -v -e 'br0.conf' -e 'br0 host' -e 'restart dnsmasq' "$folder/installing")
         systemctl disable --now dnsmasq; ip address flush dev br0 scope global
         ip link set br0 address 10:66:6a:4c:a1:f$number
@@ -108,7 +86,7 @@ for host in b c; do
         $sharing"
     for file in vmlinuz initrd; do cp "$folder/a/var/lib/libvirt/images/$file" "$folder/$host/var/lib/libvirt/images/"; done
 done
-leader=$first
+leader=$(cat "$folder/a.leader")
 run python3 -B /root/instances/tests/machines/hosts.py || fail "see above"
 
 step "undone by both pages"

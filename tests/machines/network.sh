@@ -19,138 +19,69 @@ installing=$(block README.md 'install -m 755' |
     grep -v -e bridge.nft -e dnsmasq/br0.conf -e 'br0 host' -e 'restart dnsmasq')
 
 step "a root"
-make_root
-add_project
-fit_kernel
-mount -t proc proc "$root/proc"
-chroot "$root" env DEBIAN_FRONTEND=noninteractive LC_ALL=C sh -euc "
-    rm -f /etc/apt/apt.conf.d/docker-clean
-    apt-get update
-    apt-get install -y --no-install-recommends systemd-sysv dbus iproute2 udhcpc openssl python3 python3-filelock nftables procps
-    apt-get install -y --download-only dnsmasq etcd-server etcd-client" >"$folder/log" 2>&1 || {
-    tail -n 5 "$folder/log"
-    cannot "no packages"
-}
-umount "$root/proc"
-rm "$root/usr/sbin/policy-rc.d" "$root/etc/resolv.conf" "$root/etc/machine-id"
+make_machine "install systemd-sysv dbus iproute2 udhcpc openssl python3 python3-filelock nftables procps
+    apt-get install -y --download-only dnsmasq etcd-server etcd-client"
 systemctl --quiet --root="$root" disable systemd-networkd.service systemd-networkd.socket
 systemctl --quiet --root="$root" mask systemd-networkd-wait-online.service
 
 # ---- Three machines of it, on a switch ----
 enter_group
-unshare --net sleep 86400 &
-switch=$!
-until [ "$(readlink "/proc/$switch/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
-on_switch() { nsenter --target "$switch" --net -- "$@"; }
-for bridge in lan management; do
-    on_switch ip link add "$bridge" type bridge
-    on_switch ip link set "$bridge" up
-done
-
-# on HOST COMMAND...: as root in its machine
-on() {
-    host=$1
-    shift
-    nsenter --target "$(cat "$folder/$host.leader")" --all -- env -i HOME=/root LC_ALL=C DEBIAN_FRONTEND=noninteractive \
-        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
-}
+make_switch
 each() { for host in a b c; do on "$host" "$@"; done; }
-# lines HOST COMMANDS: as they stand on the page
-lines() {
-    on "$1" sh -euxc "cd /root/instances/examples/network; $2" >"$folder/log" 2>&1 || { tail -n 20 "$folder/log" >&2; fail "on $1"; }
+# lines_on HOST COMMANDS: as they stand on the page. everywhere COMMANDS: on each host
+lines_on() {
+    leader=$(cat "$folder/$1.leader")
+    lines "on $1" "cd examples/network; $2"
 }
-boot_host() {
-    mkdir "$folder/$1" "$folder/$1.upper" "$folder/$1.work"
-    mount -t overlay overlay -o "lowerdir=$root,upperdir=$folder/$1.upper,workdir=$folder/$1.work" "$folder/$1" ||
-        cannot "no overlay can be mounted"
-    echo "$1" >"$folder/$1/etc/hostname"
-    mkdir "$group/$1" # of its own, for each systemd believes that all in it is its
-    sh -c 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"' sh "$group/$1" systemd-nspawn --quiet --register=no --keep-unit \
-        --private-network --resolv-conf=off --timezone=off --link-journal=no --console=pipe --machine="$1" \
-        --directory="$folder/$1" --boot >"$folder/$1.console" 2>&1 &
-    nspawn=$!
-    for _ in $(seq 300); do
-        sleep 0.2
-        leader=$(cat "/proc/$nspawn/task/$nspawn/children") || return 1
-        echo "${leader% }" >"$folder/$1.leader"
-        case $(on "$1" systemctl is-system-running 2>/dev/null) in running | degraded) return ;; esac
-    done
-    return 1
-}
-# plug HOST NUMBER: its uplink, its management interface, its bridge
-plug() {
-    for port in lan:eth0 management:eth1; do
-        on_switch ip link add "$1-${port%:*}" type veth peer name "${port#*:}" netns "$(cat "$folder/$1.leader")"
-        on_switch ip link set "$1-${port%:*}" master "${port%:*}" up
-    done
-    on "$1" sh -euc "ip link add br0 type bridge; ip link set br0 up; ip link set eth0 master br0 up
-        ip address add 192.0.2.$2/24 dev eth1; ip link set eth1 up"
-}
-
-# until_true SECONDS WHAT COMMAND...
-until_true() {
-    seconds=$1 what=$2
-    shift 2
-    end=$(($(date +%s) + seconds))
-    until "$@" >/dev/null 2>&1; do
-        [ "$(date +%s)" -lt "$end" ] || {
-            for host in a b c; do on "$host" journalctl --no-pager -n 15 -u 'instances*' -u etcd -u dnsmasq >&2 || true; done
-            fail "$what: not within $seconds s"
-        }
-        sleep 0.2
-    done
-}
+everywhere() { for host in a b c; do lines_on "$host" "$1"; done; }
+page() { block examples/network/README.md "$1"; }
 
 step "three machines"
-number=0
-for host in a b c; do
-    boot_host "$host" || { tail -n 5 "$folder/$host.console"; cannot "systemd-nspawn does not boot here"; }
-    number=$((number + 1))
-    plug "$host" "$number"
+for host in a:1 b:2 c:3; do
+    boot_host "${host%:*}" "${host#*:}"
+    run sh -euc 'ip link add br0 up type bridge; ip link set eth0 master br0 up'
 done
 
 step "installed by the first page, and etcd by its own"
-for host in a b c; do
-    lines "$host" "cd /root/instances; $installing"
-done
-lines a "$(block examples/network/README.md 'openssl req')"
-etcd=$(block examples/network/README.md 'apt-get install -y etcd-server')
+everywhere "cd /root/instances; $installing"
+lines_on a "$(page 'openssl req')"
+etcd=$(page 'apt-get install -y etcd-server')
 number=0
 for host in a b c; do
     number=$((number + 1))
     mkdir -p "$folder/$host/root/etcd"
     cp "$folder/a/root/etcd/ca.crt" "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
-    lines "$host" "$(echo "$etcd" | sed "s/^host=a.*/host=$host address=192.0.2.$number/")"
+    lines_on "$host" "$(echo "$etcd" | sed "s/^host=a.*/host=$host address=192.0.2.$number/")"
 done
-healthy=$(block examples/network/README.md 'endpoint health')
-for host in a b c; do until_true 60 "etcd of $host" on "$host" sh -euc "$healthy"; done
+healthy=$(page 'endpoint health')
+for host in a b c; do until_here 60 "etcd of $host" on "$host" sh -euc "$healthy"; done
 [ "$(on a ss -Htln 'sport = 2379 or sport = 2380' | grep -cv -e 127.0.0.1:2379 -e 192.0.2.1:2380)" -eq 0 ] || fail "etcd listens elsewhere, too"
 
 step "the guard and the names"
 for host in a b c; do
-    lines "$host" "$(block examples/network/README.md 'cp network.nft')"
-    until_true 20 "the guard of $host" on "$host" sh -c 'nft list chain bridge instances at_forward | grep -q eth0'
+    lines_on "$host" "$(page 'cp network.nft')"
+    until_here 20 "the guard of $host" on "$host" sh -c 'nft list chain bridge instances at_forward | grep -q eth0'
 done
 
 step "one host writes"
-for host in a b c; do lines "$host" "$(block examples/network/README.md 'INSTANCES_WRITER=a')"; done
+everywhere "$(page 'INSTANCES_WRITER=a')"
 on a sh -euc 'ip address add 10.83.0.1/24 dev br0; ip address add 2001:67c:83::1/80 dev br0 nodad; ip address add fd83:5eed::1/80 dev br0 nodad'
-until_true 20 "a writes" on a sh -c '[ ! -e /var/lib/misc/instances.follows ]'
-lines a "$(block examples/network/README.md 'cp ../dnsmasq/br0.conf')"
+until_here 20 "a writes" on a sh -c '[ ! -e /var/lib/misc/instances.follows ]'
+lines_on a "$(page 'cp ../dnsmasq/br0.conf')"
 # guest HOST NUMBER: a guest of a host, which gets an address
 guest() {
     on "$1" sh -euc "ip netns add g$2; ip link add g$2 type veth peer name eth0 address 10:66:6a:4c:b0:1$2 netns g$2
         ip link set g$2 master br0 up; ip -n g$2 link set eth0 up
         printf '#!/bin/sh\n[ \"\$1\" != bound ] || ip address replace \$ip/24 dev eth0\n' >/root/lease; chmod 755 /root/lease"
-    until_true 40 "a lease for the guest of $1" on "$1" ip netns exec "g$2" udhcpc -f -q -n -i eth0 -s /root/lease -x "hostname:g$2"
+    until_here 40 "a lease for the guest of $1" on "$1" ip netns exec "g$2" udhcpc -f -q -n -i eth0 -s /root/lease -x "hostname:g$2"
 }
 # known MAC: all hosts have it in force
 known() {
     for host in a b c; do
-        until_true 20 "$1 on $host" on "$host" sh -c "nft list set bridge instances instances_ip | grep -q $1"
+        until_here 20 "$1 on $host" on "$host" sh -c "nft list set bridge instances instances_ip | grep -q $1"
     done
 }
-name() { until_true 20 "the name $2 on $1" on "$1" ip netns exec "$3" busybox nslookup "$2.instance.internal" 10.83.0.2; }
+name() { until_here 20 "the name $2 on $1" on "$1" ip netns exec "$3" busybox nslookup "$2.instance.internal" 10.83.0.2; }
 guest b 1
 guest c 2
 known 10:66:6a:4c:b0:11
@@ -169,47 +100,46 @@ for word in --give --take; do
     on a instances-update.py add 10:66:6a:4c:b1:01 10.83.0.77
     on a instances-update.py --rename 10:66:6a:4c:b1:01 "kept${word#--}"
     on a systemctl start instances-follow
-    until_true 20 "a says so" on a sh -c 'journalctl -q -u instances-follow -n 1 | grep -q "etcd has another registry"'
-    lines a "instances-follow.py $word"
-    until_true 20 "a goes on" on a sh -c 'journalctl -q -u instances-follow -n 1 | grep -q "goes on"'
+    until_here 20 "a says so" on a sh -c 'journalctl -q -u instances-follow -n 1 | grep -q "etcd has another registry"'
+    lines_on a "instances-follow.py $word"
+    until_here 20 "a goes on" on a sh -c 'journalctl -q -u instances-follow -n 1 | grep -q "goes on"'
     sorted="import json; print(sorted(json.load(open('/var/lib/misc/instances.json')).items()))"
     registries_equal() { [ "$(each python3 -c "$sorted" | sort -u | wc -l)" -eq 1 ]; }
-    until_true 20 "one registry" registries_equal
+    until_here 20 "one registry" registries_equal
     on b grep -q keptgive /var/lib/misc/instances.json || fail "after $word"
 done
 
 step "any host can be the one"
 on a sh -euc 'rm -f /etc/dnsmasq.d/br0.conf; ip address flush dev br0 scope global; systemctl stop dnsmasq'
-for host in a b c; do lines "$host" "$(block examples/network/README.md 'cp gateway.ip')"; done
+everywhere "$(page 'cp gateway.ip')"
 leader_is() { [ "$(for host in a b c; do on "$host" ip link show gw0 >/dev/null 2>&1 && echo "$host"; done)" = "$1" ]; }
 find_leader() { for leading in a b c; do if leader_is "$leading"; then return 0; fi; done; return 1; }
-until_true 30 "a leader" find_leader
+until_here 30 "a leader" find_leader
 pings() { on c ip netns exec g2 busybox ping -q -c 1 -W 1 10.83.0.1; }
 find_leader
 first=$leading
-until_true 20 "the gateway" pings
+until_here 20 "the gateway" pings
 for how in "systemctl restart instances-lead" "systemctl kill --signal=KILL --kill-whom=main instances-lead"; do
     find_leader
     first=$leading
     # shellcheck disable=SC2086 # a command and its arguments
     on "$first" $how
-    until_true 30 "another leads after: $how" sh -c "true"
     changed() { find_leader && [ "$leading" != "$first" ]; }
-    until_true 30 "another leads after: $how" changed
+    until_here 30 "another leads after: $how" changed
     not on "$first" sh -c 'ps ax | grep "[g]ateway.conf"' >/dev/null || fail "dnsmasq outlives the leader"
-    until_true 20 "the gateway" pings
+    until_here 20 "the gateway" pings
 done
 guest a 3
 known 10:66:6a:4c:b0:13
 
-keys=$(block examples/network/README.md 'endpoint health' | grep '^export')
-with_keys() { lines "$1" "$keys; $2"; }
+keys=$(page 'endpoint health' | grep '^export')
+with_keys() { lines_on "$1" "$keys; $2"; }
 healthy() { for host in a b c; do on "$host" sh -euc "$healthy" || return 1; done; }
 enter() { find_leader && on "$leading" instances-update.py add "10:66:6a:4c:b2:0$1" "10.83.0.8$1"; }
 # works NUMBER: a guest that is new on whichever host leads is known on all
 works() {
-    until_true 60 "etcd" healthy
-    until_true 60 "a change on the host that leads" enter "$1"
+    until_here 60 "etcd" healthy
+    until_here 60 "a change on the host that leads" enter "$1"
     known "10:66:6a:4c:b2:0$1"
 }
 
@@ -218,42 +148,42 @@ on c sh -euc "$keys; echo ETCD_QUOTA_BACKEND_BYTES=16384 >>/etc/default/etcd; sy
     until etcdctl alarm list | grep NOSPACE; do etcdctl put other \"\$(seq 9999)\" || sleep 0.2; done
     sed -i /QUOTA/d /etc/default/etcd; systemctl restart etcd"
 on b systemctl restart instances-lead
-for host in a b c; do with_keys "$host" "$(block examples/network/README.md 'alarm disarm')"; done
+for host in a b c; do with_keys "$host" "$(page 'alarm disarm')"; done
 works 1
 
 step "one host's etcd is lost"
 on c sh -euc 'systemctl kill --signal=KILL etcd; rm -rf /var/lib/etcd/default'
-removed() { on b sh -euc "$keys; $(block examples/network/README.md 'member remove')"; }
-until_true 60 "c's etcd is a new member" removed
-lines c "$(block examples/network/README.md 'STATE=existing')"
+removed() { on b sh -euc "$keys; $(page 'member remove')"; }
+until_here 60 "c's etcd is a new member" removed
+lines_on c "$(page 'STATE=existing')"
 works 2
 
 step "a snapshot is restored"
 with_keys a 'etcdctl snapshot save /root/etcd.snapshot'
 for host in b c; do cp "$folder/a/root/etcd.snapshot" "$folder/$host/root/"; done
 works 3
-for host in a b c; do lines "$host" "$(block examples/network/README.md 'default/member')"; done
-for host in a b c; do with_keys "$host" "$(block examples/network/README.md 'snapshot restore')"; done
-for host in a b c; do lines "$host" "systemctl start --no-block etcd"; done
+everywhere "$(page 'default/member')"
+for host in a b c; do with_keys "$host" "$(page 'snapshot restore')"; done
+everywhere "systemctl start --no-block etcd"
 works 4
 known 10:66:6a:4c:b2:03
 
 step "etcd is made anew"
-for host in a b c; do lines "$host" "$(block examples/network/README.md 'default/member')"; done
-for host in a b c; do lines "$host" "systemctl start --no-block etcd"; done
+everywhere "$(page 'default/member')"
+everywhere "systemctl start --no-block etcd"
 works 5
 known 10:66:6a:4c:b2:04
 
 step "certificates are renewed"
-lines a "cd /root/etcd; $(block examples/network/README.md 'openssl req' | sed -n '/^for host/,/^done/p')"
+lines_on a "cd /root/etcd; $(page 'openssl req' | sed -n '/^for host/,/^done/p')"
 for host in a b c; do
     cp "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
-    lines "$host" "host=$host; $(echo "$etcd" | grep '^install')"
+    lines_on "$host" "host=$host; $(echo "$etcd" | grep '^install')"
 done
 works 6
 
 step "undone: nothing is left"
-for host in a b c; do lines "$host" "$(block examples/network/README.md 'rm -rf /etc/etcd')"; done
+everywhere "$(page 'rm -rf /etc/etcd')"
 for host in a b c; do
     left=$(on "$host" sh -c 'ip -o link show; ip rule; ip -6 rule; nft list tables' | grep -e gw0 -e dns0 -e 'lookup 83' -e instances) || true
     [ -z "$left" ] || { on "$host" journalctl --no-pager -n 30 -o short-precise -u 'instances*' >&2; fail "left on $host: $left"; }

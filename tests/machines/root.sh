@@ -66,7 +66,7 @@ for_each_boot() {
 
 # ---- Inside ----
 if [ "${1-}" = inside ]; then
-    release=$2 folder=$3 root=$3/root
+    release=$2 folder=$3 root=$3/root leaders=''
     started=$(date +%s)
 fi
 step() { say "$release, $(($(date +%s) - started)) s: $*"; }
@@ -151,15 +151,22 @@ run() {
 # failed WHAT: with what was printed last, and what its services have said
 failed() {
     cat "$folder/output" "$folder/log" >&2
-    run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u '*resolve*' -u unbound -u NetworkManager -u 'kea*' >&2 || true
+    for leader in $leaders; do
+        run journalctl --no-pager -n 40 -u 'instances*' -u dnsmasq -u '*resolve*' -u unbound -u NetworkManager -u 'kea*' -u etcd >&2 || true
+    done
     fail "$1"
 }
-# until_true SECONDS WHAT COMMAND...: a command in the machine, until it succeeds
+# until_true SECONDS WHAT COMMAND...: a command in the machine, until it succeeds. until_here: a command here
 until_true() {
     seconds=$1 what=$2
     shift 2
+    until_here "$seconds" "$what" run "$@"
+}
+until_here() {
+    seconds=$1 what=$2
+    shift 2
     end=$(($(date +%s) + seconds))
-    until run "$@" >"$folder/output" 2>"$folder/log"; do
+    until "$@" >"$folder/output" 2>"$folder/log"; do
         [ "$(date +%s)" -lt "$end" ] || failed "$what: not within $seconds s"
         sleep 0.2
     done
@@ -180,8 +187,43 @@ boot() {
         sleep 0.2
         leader=$(cat "/proc/$nspawn/task/$nspawn/children") || break
         leader=${leader% }
-        case $(run systemctl is-system-running 2>/dev/null) in running | degraded) return ;; esac
+        case $(run systemctl is-system-running 2>/dev/null) in running | degraded) leaders="$leaders $leader"; return ;; esac
     done
     tail -n 5 "$folder/console" >&2
     cannot "systemd-nspawn does not boot here"
+}
+# make_switch: two bridges, in a network of their own, for the machines that boot_host boots
+make_switch() {
+    unshare --net sleep 86400 &
+    switch=$!
+    until [ "$(readlink "/proc/$switch/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+    for bridge in lan management; do on_switch ip link add "$bridge" up type bridge; done
+}
+on_switch() { nsenter --target "$switch" --net -- "$@"; }
+# boot_host HOST NUMBER [OPTION...]: a machine of the root, and its two interfaces: eth0 for guests, eth1 for management
+boot_host() {
+    host=$1 number=$2
+    shift 2
+    mkdir "$folder/$host" "$folder/$host.upper" "$folder/$host.work"
+    mkdir "$group/$host" # of its own, for each systemd believes that all in it is its
+    mount -t overlay overlay -o "lowerdir=$folder/root,upperdir=$folder/$host.upper,workdir=$folder/$host.work" "$folder/$host" ||
+        cannot "no overlay can be mounted"
+    echo "$host" >"$folder/$host/etc/hostname"
+    systemd-id128 new >"$folder/$host/etc/machine-id"
+    echo $$ >"$group/$host/cgroup.procs"
+    root=$folder/$host
+    boot "$@"
+    echo $$ >"$group/cgroup.procs"
+    echo "$leader" >"$folder/$host.leader"
+    for port in lan:eth0 management:eth1; do
+        on_switch ip link add "$host-${port%:*}" type veth peer name "${port#*:}" netns "$leader"
+        on_switch ip link set "$host-${port%:*}" master "${port%:*}" up
+    done
+    run sh -euc "ip address add 192.0.2.$number/24 dev eth1; ip link set eth1 up"
+}
+# on HOST COMMAND...: as root in its machine
+on() {
+    leader=$(cat "$folder/$1.leader")
+    shift
+    run "$@"
 }
