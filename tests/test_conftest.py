@@ -44,7 +44,8 @@ def start(tmp_path):
 
     def started(text, *options):
         (tmp_path / "test_it.py").write_text(text)
-        command = [sys.executable, "-B", "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", *options, tmp_path]
+        command = ["env", "--default-signal", sys.executable, "-B", "-m", "pytest"]  # nohup ignores one of them
+        command += ["-p", "conftest", "-p", "no:cacheprovider", *options, tmp_path]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         runs.append(subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True, **pipes))
