@@ -182,15 +182,13 @@ class Site:
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
         copy_programs(self.bin)
-        self.hosts = []
         self.switch = Namespace("switch")
         for bridge in ("lan", "mgmt0"):
             self.switch.run("ip", "link", "add", bridge, "type", "bridge")
             self.switch.run("ip", "link", "set", bridge, "up")
         chain = "chain c { type filter hook prerouting priority 0; ether type 0x8035 counter; }"
         self.switch.run("nft", f"table bridge seen {{ {chain}; }}")
-        for number in (1, 2, 3):
-            self.hosts.append(Member(self, number))
+        self.hosts = [Member(self, number) for number in (1, 2, 3)]
         make_certificates(folder / "ca")
         for host in self.hosts:
             host.take_certificate(folder / "ca")
@@ -246,8 +244,7 @@ def join(site):
 @contextlib.contextmanager
 def leading(folder):
     """Three hosts, one of which leads, with a guest on each."""
-    site = Site(folder)
-    try:
+    with contextlib.closing(Site(folder)) as site:
         for host in site.hosts:
             host.guard()
         site.sniff()
@@ -256,8 +253,6 @@ def leading(folder):
         wait_for(site.leader, "a leader", 60)
         join(site)
         yield site
-    finally:
-        site.close()
 
 
 def equal(site):
@@ -269,11 +264,8 @@ def equal(site):
 
 def fault(host, what):
     """Do this to a host; return what heals it."""
-    if what == "SIGTERM":
-        host.stop(host.program)
-        return host.start_lead
-    if what == "SIGKILL":
-        host.kill()
+    if what in ("SIGTERM", "SIGKILL"):
+        host.stop(host.program) if what == "SIGTERM" else host.kill()
         return host.start_lead
     if what == "kill etcd":
         host.stop(host.etcd, signal.SIGKILL)

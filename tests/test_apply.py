@@ -332,46 +332,34 @@ def test_rules_that_anybody_changed_are_loaded_again(applied):
         assert applied.apply().stderr == ""
 
 
-def dropped(applied: Applied, verdict: str = "drop") -> None:
-    """Write a rule file with the guard's set of who was dropped, in a table of another name."""
-    sets = "set instances_dropped { type ether_addr . ifname; size 65536; flags dynamic; counter; }"
-    body = f"{sets}\nchain instances_verdict {{\n{verdict}\n}}"
-    applied.write_rules("other.nft", replacing("bridge other", body).replace("delete", "flush"))
-
-
-def drop(applied: Applied, mac: str, **reasons: int) -> None:
-    """Have frames counted as dropped."""
-    for reason, count in reasons.items():
-        element = f'{mac} . "{reason.replace("_", " ")}" counter packets {count} bytes 99'
-        applied.host.run("nft", "-f", "-", input=f"add element bridge other instances_dropped {{ {element} }}\n")
-
-
-def told(result: subprocess.CompletedProcess) -> list[str]:
-    """Return what instances-apply said of who was dropped."""
-    return re.findall("^instances-apply: (.* dropped.*)$", result.stderr, re.MULTILINE)
-
-
 def test_who_was_dropped_and_why_is_told_once_by_each_run_that_finds_news(applied):
-    dropped(applied)
+    """By the guard's set of who was dropped, in a table of another name."""
+    sets = "set instances_dropped { type ether_addr . ifname; size 65536; flags dynamic; counter; }"
+
+    def load(verdict):
+        body = f"{sets}\nchain instances_verdict {{\n{verdict}\n}}"
+        applied.write_rules("other.nft", replacing("bridge other", body).replace("delete", "flush"))
+
+    def told(*dropped):
+        """Have frames counted as dropped; return what is said of it."""
+        for mac, reason, count in dropped:
+            element = f'{mac} . "{reason}" counter packets {count} bytes 99'
+            applied.host.run("nft", f"add element bridge other instances_dropped {{ {element} }}")
+        return re.findall("^instances-apply: (.* dropped.*)$", applied.apply().stderr, re.MULTILINE)
+
+    load("drop")
     applied.host.update("add", *WEB)
-    assert told(applied.apply()) == []
-    drop(applied, WEB[0], ARP_address=6, DHCP_too_often=2)
-    drop(applied, "10:66:6a:4c:a1:99", malformed=7)
-    assert told(applied.apply()) == [
-        "web: 8 dropped (6 ARP address, 2 DHCP too often)",
-        "10:66:6a:4c:a1:99: 7 dropped (7 malformed)",
-    ]
-    assert told(applied.apply()) == []
-    applied.host.run("nft", f'delete element bridge other instances_dropped {{ {WEB[0]} . "ARP address" }}')
-    drop(applied, WEB[0], ARP_address=9, NDP_target=1)
-    assert told(applied.apply()) == ["web: 4 dropped (3 ARP address, 1 NDP target)"]
-    dropped(applied, "accept")  # the table is replaced, and counts from 0
-    assert told(applied.apply()) == []
-    drop(applied, WEB[0], ARP_address=1)
-    assert told(applied.apply()) == ["web: 1 would be dropped (1 ARP address)"]
-    for number in range(1, 14):  # of many, ten are told
-        drop(applied, f"10:66:6a:00:00:{number:02x}", malformed=number)
-    first, *lines, last = told(applied.apply())
+    assert told() == []
+    web, other = WEB[0], "10:66:6a:4c:a1:99"
+    lines = ["web: 8 dropped (6 ARP address, 2 DHCP too often)", f"{other}: 7 dropped (7 malformed)"]
+    assert told((web, "ARP address", 6), (web, "DHCP too often", 2), (other, "malformed", 7)) == lines
+    assert told() == []
+    applied.host.run("nft", f'delete element bridge other instances_dropped {{ {web} . "ARP address" }}')
+    assert told((web, "ARP address", 9), (web, "NDP target", 1)) == ["web: 4 dropped (3 ARP address, 1 NDP target)"]
+    load("accept")  # the table is replaced, and counts from 0
+    assert told() == []
+    assert told((web, "ARP address", 1)) == ["web: 1 would be dropped (1 ARP address)"]
+    first, *lines, last = told(*((f"10:66:6a:00:00:{number:02x}", "malformed", number) for number in range(1, 14)))
     assert first == "10:66:6a:00:00:0d: 13 would be dropped (13 malformed)" and len(lines) == 9
     assert last == "3 others: would be dropped"
 
@@ -655,10 +643,10 @@ class Etc(Applied):
         guard = self.host.example("nftables/bridge.nft").read_text().replace("/instances.nft", f"/{name}.nft")
         (rules / "bridge.nft").write_text(re.sub("(bridge|inet|arp) instances", rf"\1 {name}", guard))
 
-    def apply(self, *arguments: str, check: bool = True, **options) -> subprocess.CompletedProcess:
-        (self.host.folder / "run").mkdir(exist_ok=True)
-        mounts = mounted({"/run": self.host.folder / "run", "/etc": self.etc})
-        return self.host.run(*mounts, str(APPLY), *arguments, check=check, **options)
+    def apply(self, *arguments: str, check: bool = True, lib: Path = Path("/var/lib/misc")):
+        """Run it without the name of a settings file, or with these arguments."""
+        mounts = mounted({"/etc": self.etc, "/var/lib/misc": lib})
+        return self.host.run(*mounts, *self.host.applying()[:-1], *arguments, check=check)
 
 
 @pytest.fixture
@@ -701,8 +689,7 @@ def test_marker_that_is_nobodys_is_told(etc):
     lib = etc.host.folder / "lib"
     lib.mkdir()
     (lib / "instances-br1.updated").touch()
-    mounts = mounted({"/var/lib/misc": lib, "/run": etc.notes, "/etc": etc.etc})
-    result = etc.host.run(*mounts, str(APPLY), check=False)
+    result = etc.apply(check=False, lib=lib)
     assert result.returncode == 1 and "/var/lib/misc/instances-br1.updated is of another registry" in result.stderr
 
 

@@ -54,8 +54,6 @@ class LanHost(Host):
 
 
 class Lan:
-    """The LAN and the host."""
-
     def __init__(self, folder: Path):
         for name in ("switch", "host"):
             (folder / name).mkdir()
@@ -91,7 +89,6 @@ class Lan:
         wait_for(lambda: " 0003 " in self.host.run("cat", "/proc/net/packet").stdout, "the program")
 
     def said(self) -> str:
-        """Return what the program has said since it was started."""
         return (self.host.folder / "snoop.log").read_text()
 
     def guest(self, silent: bool = False):
@@ -142,11 +139,8 @@ class Lan:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     need(*PROGRAMS)
-    lan = Lan(tmp_path_factory.mktemp("lan"))
-    try:
+    with contextlib.closing(Lan(tmp_path_factory.mktemp("lan"))) as lan:
         yield lan
-    finally:
-        lan.close()
 
 
 @pytest.fixture
@@ -251,7 +245,6 @@ def test_guest_takes_nobody_s_address(lan, target):
 
 
 def advertisement(sender, prefix=NEW, **fields):
-    """Return a router advertisement."""
     ip = ether(sender, NODES) / scapy.IPv6(src=link_local(sender.mac), dst="ff02::1", hlim=255)
     option = scapy.ICMPv6NDOptPrefixInfo(**{"prefix": prefix, "prefixlen": 64} | fields)
     return ip / scapy.ICMPv6ND_RA(routerlifetime=1800) / scapy.ICMPv6NDOptMTU() / option
@@ -485,7 +478,6 @@ def test_name_of_a_lease(snoop, case):
 ANSWERS = {  # what was asked, what the answers to it are, and how many leases that makes
     "acknowledged": ("request", [{}], 1),
     "to its own address": ("request", [{"ip": ADDRESS, "to": MAC}], 1),
-    "twice": ("request", [{}, {}], 1),
     "by two servers": ("discover", [{}, {"address": "10.83.0.78"}], 1),
     "by a relay agent": ("request", [{"giaddr": ROUTER4}], 1),
     "offered": ("discover", [{"kind": "offer"}], 0),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, load, need
-from lab import UPDATE, environment, wait_for
+from lab import BRIDGE_ADDRESSES, UPDATE, environment, wait_for
 from network_lab import (
     FOLDER,
     Pinger,
@@ -37,34 +37,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Three hosts with etcd, the guard and names."""
+def followers(tmp_path_factory):
+    """Three hosts with etcd, the guard, names and a guest: host a has dnsmasq and writes, b and c follow."""
     need(*PROGRAMS, "etcd", "etcdctl", "openssl", "prlimit")
-    site = None
-    try:
-        site = Site(tmp_path_factory.mktemp("network"))
+    with contextlib.closing(Site(tmp_path_factory.mktemp("network"))) as site:
+        a = site.hosts[0]
+        for address in BRIDGE_ADDRESSES:
+            a.run("ip", "address", "add", address, "dev", "br0", "nodad")
         for host in site.hosts:
             host.guard()
             host.start_names()
+            host.start_follow("a")
+        initialize = (sys.executable, UPDATE, "--initialize", "br0", "host")  # refused until etcd was asked
+        wait_for(lambda: a.run(*initialize, env=environment(a.base), check=False).returncode == 0, "the host's entry")
+        a.start_dnsmasq(config=a.example("dnsmasq/br0.conf"))
+        join(site)
         yield site
-    finally:
-        if site:
-            site.close()
-
-
-@pytest.fixture(scope="module")
-def followers(site):
-    """Host a has dnsmasq and writes, b and c follow; a guest on each."""
-    a = site.hosts[0]
-    for address in ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80"):
-        a.run("ip", "address", "add", address, "dev", "br0", "nodad")
-    for host in site.hosts:
-        host.start_follow("a")
-    initialize = (sys.executable, UPDATE, "--initialize", "br0", "host")  # refused until etcd was asked
-    wait_for(lambda: a.run(*initialize, env=environment(a.base), check=False).returncode == 0, "the host's entry")
-    a.start_dnsmasq(config=a.example("dnsmasq/br0.conf"))
-    join(site)
-    yield site
 
 
 def test_guests_of_all_hosts_are_registered_on_all_and_reach_each_other(followers):
@@ -421,6 +409,7 @@ def test_settings_that_are_none_are_told_in_one_line_and_so_is_an_interruption(a
     said = alone[1]()
     wait_for(lambda: "No such file" in said() or host.program.poll() is not None, "the error")
     assert re.fullmatch(rf"{alone[0].name}: etcd .*certificates in {host.folder}/tls: .*\n", said())
+    host.stop(host.program, signal.SIGKILL)  # or it tells of the certificates that there are now
     make_certificates(host.folder / "tls")
     for end in ("crt", "key"):
         shutil.copy(host.folder / "tls" / f"a.{end}", host.folder / "tls" / f"host.{end}")
