@@ -286,11 +286,10 @@ def test_guests_that_can_take_another_mac_address(shown):
     interfaces = INTERFACE.format(DB, "br0", ""), INTERFACE.format(STRANGER, "br0", FILTERED)
     xml = domain("db", *interfaces).replace("<domain>", "<domain type='kvm'>").replace("</domain>", "\n</domain>")
     virsh = f"#!/bin/sh\ncase $1 in list) echo {UUID} ;; *) cat {shown.bin}/xml ;; esac\n"
-    for name, program in (("incus", INCUS), ("virsh", virsh)):
-        (shown.bin / name).write_text(program)
-        (shown.bin / name).chmod(0o755)
-    for name, content in (("list", answer([filtered, bare])), ("one", answer({})), ("asked", ""), ("xml", xml)):
+    answers = {"list": answer([filtered, bare]), "one": answer({}), "asked": "", "xml": xml}
+    for name, content in (answers | {"incus": INCUS, "virsh": virsh}).items():
         (shown.bin / name).write_text(content)
+        (shown.bin / name).chmod(0o755)
     lines = shown.faults()
     assert f"{WEB} web: without security.mac_filtering it can be anybody" in lines
     assert lines.count("can be anybody") == 2 and f"{DB}: without libvirt's filter" in lines
