@@ -43,11 +43,6 @@ class Chaos:
         """Return the host that leads."""
         return wait_for(self.site.leader, "a leader", 60)
 
-    def another_leads(self, former):
-        """Wait until another host leads; return it."""
-        others = self.site.others(former)
-        return wait_for(lambda: next((host for host in others if host.leads()), None), "another leads", 60)
-
     def change(self, host=None, acknowledged=True, times=1):
         """Enter an instance, as by hand, on the host that leads; return its MAC address when the majority has it."""
         for _ in range(times - 1):
@@ -209,7 +204,7 @@ def all_etcds_emptied(chaos):
 
 @case("its last entry, and what was entered on both sides, is there in the end", seconds=PROMISE + ELECTION)
 def force_new_cluster_of_a_member_that_lags(chaos):
-    a = next(host for host in chaos.site.others(chaos.leader))
+    a = chaos.site.others(chaos.leader)[0]
     chaos.site.move_etcd_leader(chaos.leader)
     a.cut("mgmt0")
     chaos.change()
@@ -308,7 +303,7 @@ def change_in_the_last_moment_of_a_leader_that_is_cut_off(chaos):
     leader = chaos.leader
     leader.cut("mgmt0")
     mac = chaos.change(leader, acknowledged=False)
-    chaos.change(chaos.another_leads(leader))
+    chaos.change(chaos.site.another_leads(leader))
     leader.cut("mgmt0", "up")
     chaos.acknowledged[mac] = chaos.entered[mac]
 
@@ -320,7 +315,7 @@ def change_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     mac = chaos.change(leader, acknowledged=False)
     leader.kill()
     chaos.stop_etcds(leader)
-    removed = chaos.change(chaos.another_leads(leader))
+    removed = chaos.change(chaos.site.another_leads(leader))
     chaos.leader.update("--remove", removed)
     del chaos.acknowledged[removed]
     chaos.start_etcds(leader)
@@ -339,7 +334,7 @@ def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
     wait_for(lambda: leader.registry().get(guest.mac, {}).keys() >= {"ipv4", "ipv6_ula", "ipv6_gua"}, "its leases")
     leader.kill()
     chaos.stop_etcds(leader)
-    assert guest.mac not in chaos.another_leads(leader).registry()
+    assert guest.mac not in chaos.site.another_leads(leader).registry()
     begun = time.monotonic()
     wait_for(lambda: guest.pings("10.83.0.1") and guest.pings("fd83:5eed::1"), "its network", 70)
     assert time.monotonic() - begun < 60
@@ -351,7 +346,7 @@ def lease_in_the_last_moment_of_a_leader_that_loses_power(chaos):
 def leader_lost(chaos, what):
     leader = chaos.leader
     heal = fault(leader, what)
-    chaos.change(chaos.another_leads(leader))
+    chaos.change(chaos.site.another_leads(leader))
     heal()
     wait_for(leader.etcd_status, "etcd", 60)
 

@@ -203,6 +203,11 @@ class Site:
     def others(self, host):
         return [other for other in self.hosts if other is not host]
 
+    def another_leads(self, former):
+        """Wait until another host leads; return it."""
+        others = self.others(former)
+        return wait_for(lambda: next((host for host in others if host.leads()), None), "another leads", 60)
+
     def move_etcd_leader(self, host):
         """Have a host's etcd lead the others."""
         status = wait_for(lambda: all(s := [h.etcd_status() for h in self.hosts]) and s, "etcd", 60)

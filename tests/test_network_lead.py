@@ -50,7 +50,7 @@ def test_another_host_leads_and_never_two(leaders, what, etcd_leader):
         return any(when > begun and ttl != old.ttl for p in gateway for when, _, ttl in p.answers())
 
     wait_for(another_answers, "another leads", 90)
-    new = wait_for(lambda: next((h for h in leaders.others(old) if h.leads()), None), "another leads")
+    new = leaders.another_leads(old)
     new_guest.dhcp4(f"new-{number}")  # a lease while the other host is away
     heal()
     wait_for(lambda: equal(leaders) and new_guest.mac in old.registry(), "equal registries", 90)
@@ -77,14 +77,13 @@ def test_gateway_is_not_reached_when_its_program_hangs_even_if_no_other_can_lead
     old = leaders.leader()
     pinger = Pinger(next(guest for guest in leaders.guests if guest.host is old), "10.83.0.1")
     wait_for(pinger.answered, "answers before")
-    for host in leaders.others(old):
-        host.program.send_signal(signal.SIGSTOP)
+    heal = [fault(host, "stop program") for host in leaders.others(old)]
     begun = time.time()
-    old.program.send_signal(signal.SIGSTOP)
+    heal.append(fault(old, "stop program"))
     wait_for(lambda: time.time() - max(when for when, _, _ in pinger.answers()) > 2, "no answer for 2 s")
     report(f"a program that hangs: the last answer after {max(w for w, _, _ in pinger.answers()) - begun:.1f} s")
-    for host in leaders.hosts:
-        host.program.send_signal(signal.SIGCONT)
+    for each in heal:
+        each()
     wait_for(lambda: leaders.leader() and pinger.answered(time.time() - 1), "a leader", 60)
     wait_for(lambda: equal(leaders), "equal registries")
 
@@ -97,7 +96,7 @@ def test_dnsmasq_that_ends_has_another_host_lead(leaders):
     old = leaders.leader()
     children = Path(f"/proc/{old.program.pid}/task/{old.program.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
-    wait_for(lambda: any(host.leads() for host in leaders.others(old)), "another leads", 60)
+    leaders.another_leads(old)
     assert old.program.wait(30) == 1
     old.processes.remove(old.program)
     old.start_lead()
