@@ -528,7 +528,7 @@ def test_broken_rule_file_keeps_no_other_out_where_a_transaction_has_failed(appl
     assert "10.83.0.11" in applied.listing("inet instances")
 
 
-def test_broken_registry_is_told_and_keeps_nothing_that_is_made_out(applied):
+def test_broken_registry_or_missing_folder_of_rules_is_told_and_keeps_nothing_that_is_made_out(applied):
     applied.apply()
     registry = applied.host.folder / "instances.json"
     whole = registry.read_bytes()
@@ -541,10 +541,6 @@ def test_broken_registry_is_told_and_keeps_nothing_that_is_made_out(applied):
         assert applied.tables() == TABLES and applied.names()
     registry.write_bytes(whole)
     assert applied.apply().returncode == 0 and applied.apply().stderr == ""
-
-
-def test_names_are_made_without_rules_but_a_missing_folder_of_rules_is_an_error(applied):
-    applied.apply()
     shutil.rmtree(applied.rules)
     applied.host.update("add", *WEB)
     applied.fails(f"No such file or directory: '{applied.rules}'")
