@@ -208,10 +208,12 @@ def asked(attacker, target, observer):
 
 TARGETS = {  # addresses that an attacker wants, and the reasons why its frames are dropped
     "router": (ROUTER4, {"ARP address"}),
+    "host": (HOST4, {"ARP address"}),
     "guest": ("", {"ARP address"}),
     "silent machine": (SILENT4, {"not registered"}),
     "router, IPv6": (f"{ULA}fe", {"not registered"}),
     "router, link-local": ("fe80::1266:6aff:fe4c:a101", {"NDP target", "IPv6 source"}),
+    "host, IPv6": (f"{ULA}1", {"NDP target", "IPv6 source"}),
     "silent machine, link-local": ("fe80::1266:6aff:fe4c:a103", {"NDP target", "IPv6 source"}),
 }
 
