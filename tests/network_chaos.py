@@ -9,7 +9,6 @@ have one registry, in force, with all that the majority acknowledged; and there 
 """
 
 import base64
-import contextlib
 import itertools
 import json
 import os
@@ -32,11 +31,11 @@ SAVED = (".json", ".shared", ".leases", ".dhcp-hosts")  # what a backup of a hos
 
 
 class Chaos:
-    """The hosts, and what the majority has acknowledged."""
+    """The hosts, their guests' pings of the gateway, and what the majority has acknowledged."""
 
-    def __init__(self, site, pingers):
-        self.site, self.pingers, self.numbers = site, pingers, itertools.count(1)
-        self.acknowledged, self.entered = {}, {}
+    def __init__(self, site):
+        self.site, self.pingers = site, [Pinger(guest, "10.83.0.1") for guest in site.guests]
+        self.numbers, self.acknowledged, self.entered = itertools.count(1), {}, {}
 
     @property
     def leader(self):
@@ -73,9 +72,8 @@ class Chaos:
             registries = [host.registry() for host in self.site.hosts]
         except ValueError:  # one that is damaged
             return False
-        if not registries[0] or registries.count(registries[0]) != len(registries):
-            return False
-        if not self.acknowledged.items() <= {mac: i.get("ipv4") for mac, i in registries[0].items()}.items():
+        addresses = {mac: instance.get("ipv4") for mac, instance in registries[0].items()}
+        if registries.count(registries[0]) != len(registries) or not self.acknowledged.items() <= addresses.items():
             return False
         last = list(self.acknowledged.items())[-1:]
         return all(in_force(host, *item) for host in self.site.hosts for item in last)
@@ -517,17 +515,11 @@ def soak(chaos, count, seconds):
     print(f"a host began to lead {leads(chaos.site) - led} times")
 
 
-@contextlib.contextmanager
-def hosts():
-    """Three hosts, one of which leads, with a guest each that pings the gateway."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, leading(Path(folder)) as site:
-        yield Chaos(site, [Pinger(guest, "10.83.0.1") for guest in site.guests])
-
-
 def main(words):
     """Run cases and print the table; return the exit status."""
     failed = 0
-    with hosts() as chaos:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, leading(Path(folder)) as site:
+        chaos = Chaos(site)
         if words[:1] == ["--soak"]:
             return soak(chaos, *map(int, words[1:]))
         print("| case | promise | one registry in force after | times that a host began to lead |")
