@@ -57,17 +57,12 @@ class Member(Host):
 
     def shipped(self, name):
         """Return the text of one of the example's files, with this host's paths."""
-        text = (FOLDER / name).read_text()
-        for there, here in (
-            ("/var/lib/misc", self.folder),
-            ("/usr/local/sbin", self.site.bin),
-            ("/etc/etcd", self.folder / "tls"),
-        ):
+        text, tls = (FOLDER / name).read_text(), self.folder / "tls"
+        for there, here in (("/var/lib/misc", self.folder), ("/usr/local/sbin", self.site.bin), ("/etc/etcd", tls)):
             text = text.replace(there, str(here))
         return text if has_ibrname() else re.sub("^ *meta [io]brname .*\n", "", text, flags=re.MULTILINE)
 
     def start_logged(self, log, *command, **variables):
-        """Start a command in a session of its own, with its output in a log."""
         variables = {"INSTANCES_HOST": self.letter, "INSTANCES_TLS": f"{self.folder}/tls"} | variables
         env = environment(self.base, **variables)
         env |= {"PATH": f"{self.site.bin}:{env['PATH']}", "INSTANCES_RULES": str(self.rules)}
@@ -82,10 +77,12 @@ class Member(Host):
             shutil.copy(made / f"{self.letter}.{end}", self.folder / name / f"host.{end}")
 
     def start_etcd(self):
-        """Start this host's etcd."""
-        self.etcd = self.start_logged(
-            "etcd.log", "etcd", **self.etcd_settings, ETCD_DATA_DIR=f"{self.folder}/etcd", ETCD_LOGGER="zap"
-        )
+        settings = self.etcd_settings | {"ETCD_DATA_DIR": f"{self.folder}/etcd", "ETCD_LOGGER": "zap"}
+        self.etcd = self.start_logged("etcd.log", "etcd", **settings)
+
+    def peer(self):
+        """Return by which URL the other members reach this host's etcd."""
+        return self.etcd_settings["ETCD_INITIAL_ADVERTISE_PEER_URLS"]
 
     def etcdctl(self, *arguments, check=True, **options):
         """Return what etcdctl prints on this host."""
@@ -98,6 +95,12 @@ class Member(Host):
         """Return etcd's own word on this host's member, None if it does not answer."""
         text = self.etcdctl("endpoint", "status", "-w", "json", check=False).strip()
         return json.loads(text)[0]["Status"] if text.startswith("[") else None
+
+    def refusal(self, *arguments):
+        """Return what instances-update.py says where it refuses a change."""
+        result = self.run(sys.executable, UPDATE, *arguments, env=environment(self.base), check=False)
+        assert result.returncode == 1, result
+        return result.stderr
 
     def enter(self, number):
         """Have an instance entered by hand; return its MAC address."""
@@ -124,15 +127,12 @@ class Member(Host):
         self.names = self.start_logged("names.log", *command.split())
 
     def start_lead(self):
-        """Start instances-lead.py."""
         self.rules.joinpath("gateway.ip").write_text(self.shipped("gateway.ip"))
-        self.rules.joinpath("gateway.conf").write_text(
-            self.shipped("gateway.conf") + f"user=root\nlog-facility={self.folder}/dnsmasq.log\nlog-dhcp\n"
-        )
+        own = f"user=root\nlog-facility={self.folder}/dnsmasq.log\nlog-dhcp\n"
+        self.rules.joinpath("gateway.conf").write_text(self.shipped("gateway.conf") + own)
         self.program = self.start_logged("lead.log", sys.executable, self.site.bin / "instances-lead.py")
 
     def start_follow(self, writer, **variables):
-        """Start instances-follow.py."""
         command = (sys.executable, self.site.bin / "instances-follow.py")
         self.program = self.start_logged("follow.log", *command, INSTANCES_WRITER=writer, **variables)
 
@@ -182,15 +182,13 @@ class Site:
         self.folder, self.bin = folder, folder / "bin"
         self.bin.mkdir()
         copy_programs(self.bin)
-        self.hosts = []
         self.switch = Namespace("switch")
         for bridge in ("lan", "mgmt0"):
             self.switch.run("ip", "link", "add", bridge, "type", "bridge")
             self.switch.run("ip", "link", "set", bridge, "up")
         chain = "chain c { type filter hook prerouting priority 0; ether type 0x8035 counter; }"
         self.switch.run("nft", f"table bridge seen {{ {chain}; }}")
-        for number in (1, 2, 3):
-            self.hosts.append(Member(self, number))
+        self.hosts = [Member(self, number) for number in (1, 2, 3)]
         make_certificates(folder / "ca")
         for host in self.hosts:
             host.take_certificate(folder / "ca")
@@ -203,8 +201,12 @@ class Site:
         return leading[0] if len(leading) == 1 else None
 
     def others(self, host):
-        """Return the other hosts."""
         return [other for other in self.hosts if other is not host]
+
+    def another_leads(self, former):
+        """Wait until another host leads; return it."""
+        others = self.others(former)
+        return wait_for(lambda: next((host for host in others if host.leads()), None), "another leads", 60)
 
     def move_etcd_leader(self, host):
         """Have a host's etcd lead the others."""
@@ -229,14 +231,12 @@ class Site:
         return sorted((float(when), port) for when, port in lines)
 
     def close(self):
-        """Take all away."""
         for host in self.hosts:
             host.close()
         self.switch.close()
 
 
 def join(site):
-    """Have a guest on each host."""
     places = enumerate(site.hosts)
     site.guests = [host.client(f"guest-{host.letter}", f"10:66:6a:4c:b{n}:11", wait=False) for n, host in places]
     for guest in site.guests:
@@ -249,8 +249,7 @@ def join(site):
 @contextlib.contextmanager
 def leading(folder):
     """Three hosts, one of which leads, with a guest on each."""
-    site = Site(folder)
-    try:
+    with contextlib.closing(Site(folder)) as site:
         for host in site.hosts:
             host.guard()
         site.sniff()
@@ -259,8 +258,6 @@ def leading(folder):
         wait_for(site.leader, "a leader", 60)
         join(site)
         yield site
-    finally:
-        site.close()
 
 
 def equal(site):
@@ -270,12 +267,29 @@ def equal(site):
     return registries[0] and registries.count(registries[0]) == len(registries) and not marked
 
 
+def fault(host, what):
+    """Do this to a host; return what heals it."""
+    if what in ("SIGTERM", "SIGKILL"):
+        host.stop(host.program) if what == "SIGTERM" else host.kill()
+        return host.start_lead
+    if what == "kill etcd":
+        host.stop(host.etcd, signal.SIGKILL)
+        return host.start_etcd
+    if what.startswith("cut"):
+        ports = ("lan", "mgmt0") if what == "cut off" else ("mgmt0",)
+        for port in ports:
+            host.cut(port)
+        return lambda: [host.cut(port, "up") for port in ports]
+    stopped = {"stop program": [host.program], "stop etcd": [host.etcd], "stop both": [host.program, host.etcd]}[what]
+    for process in stopped:
+        process.send_signal(signal.SIGSTOP)
+    return lambda: [process.send_signal(signal.SIGCONT) for process in stopped]
+
+
 def in_force(host, mac, address):
     """Tell whether a host's guard lets this pass."""
-    element = f"{{ {address} . {mac} }}"
-    return (
-        host.run("nft", "get", "element", "bridge", "instances", "instances_ip", element, check=False).returncode == 0
-    )
+    get = ["nft", "get", "element", "bridge", "instances", "instances_ip", f"{{ {address} . {mac} }}"]
+    return host.run(*get, check=False).returncode == 0
 
 
 def write(host, registry):
@@ -329,7 +343,6 @@ class Pinger:
 
 
 def leave(guest):
-    """Take a guest away."""
     guest.host.clients.remove(guest)
     guest.close()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, load, need
-from lab import UPDATE, environment, wait_for
+from lab import BRIDGE_ADDRESSES, UPDATE, environment, wait_for
 from network_lab import (
     FOLDER,
     Pinger,
@@ -22,6 +22,7 @@ from network_lab import (
     check_nothing_is_written,
     copy_programs,
     equal,
+    fault,
     fill,
     in_force,
     join,
@@ -36,34 +37,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """Three hosts with etcd, the guard and names."""
+def followers(tmp_path_factory):
+    """Three hosts with etcd, the guard, names and a guest: host a has dnsmasq and writes, b and c follow."""
     need(*PROGRAMS, "etcd", "etcdctl", "openssl", "prlimit")
-    site = None
-    try:
-        site = Site(tmp_path_factory.mktemp("network"))
+    with contextlib.closing(Site(tmp_path_factory.mktemp("network"))) as site:
+        a = site.hosts[0]
+        for address in BRIDGE_ADDRESSES:
+            a.run("ip", "address", "add", address, "dev", "br0", "nodad")
         for host in site.hosts:
             host.guard()
             host.start_names()
+            host.start_follow("a")
+        initialize = (sys.executable, UPDATE, "--initialize", "br0", "host")  # refused until etcd was asked
+        wait_for(lambda: a.run(*initialize, env=environment(a.base), check=False).returncode == 0, "the host's entry")
+        a.start_dnsmasq(config=a.example("dnsmasq/br0.conf"))
+        join(site)
         yield site
-    finally:
-        if site:
-            site.close()
-
-
-@pytest.fixture(scope="module")
-def followers(site):
-    """Host a has dnsmasq and writes, b and c follow; a guest on each."""
-    a = site.hosts[0]
-    for address in ("10.83.0.1/24", "2001:67c:83::1/80", "fd83:5eed::1/80"):
-        a.run("ip", "address", "add", address, "dev", "br0", "nodad")
-    for host in site.hosts:
-        host.start_follow("a")
-    initialize = (sys.executable, UPDATE, "--initialize", "br0", "host")  # refused until etcd was asked
-    wait_for(lambda: a.run(*initialize, env=environment(a.base), check=False).returncode == 0, "the host's entry")
-    a.start_dnsmasq(config=a.example("dnsmasq/br0.conf"))
-    join(site)
-    yield site
 
 
 def test_guests_of_all_hosts_are_registered_on_all_and_reach_each_other(followers):
@@ -212,8 +201,7 @@ def test_change_on_a_follower_is_refused_with_the_name_of_the_host_to_make_it_on
     b = followers.hosts[1]
     before = Path(f"{b.base}.json").read_bytes()
     for arguments in (["--rename", followers.guests[1].mac, "x"], ["--remove", followers.guests[1].mac]):
-        result = b.run(sys.executable, UPDATE, *arguments, env=environment(b.base), check=False)
-        assert result.returncode == 1 and result.stderr.endswith(": a writes it\n")
+        assert b.refusal(*arguments).endswith(": a writes it\n")
     assert Path(f"{b.base}.json").read_bytes() == before
     Path(f"{b.base}.json").write_text("{}\n")  # by hand: it does not last
     wait_for(lambda: Path(f"{b.base}.json").read_bytes() == before, "what etcd has")
@@ -260,10 +248,9 @@ def test_history_that_is_none_is_not_taken_and_the_writer_replaces_it(followers,
 def test_registry_too_large_for_etcd_is_told_in_one_line_and_all_goes_on(followers):
     a = followers.hosts[0]
     before = a.registry()
+    large = {f"02:00:00:01:00:{n:02x}": {"name": "", "note": os.urandom(40000).hex()} for n in range(220)}
     with one_line(followers, a, "larger than max"):
-        write(
-            a, before | {f"02:00:00:01:00:{n:02x}": {"name": "", "note": os.urandom(40000).hex()} for n in range(220)}
-        )
+        write(a, before | large)
     write(a, before)
     known(followers, a.enter(3))
 
@@ -279,22 +266,16 @@ def test_full_disk_is_told_in_one_line_and_what_was_missed_comes_later(followers
     known(followers, mac)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_host_whose_etcd_is_gone_goes_on_and_follows_when_it_is_back(followers, number):
+@pytest.mark.parametrize("what", ["stop etcd", "kill etcd"])
+def test_host_whose_etcd_is_gone_goes_on_and_follows_when_it_is_back(followers, what):
     a, b, c = followers.hosts
     lines = len(told(c))
     with one_line(followers, c, "etcd "):
-        if number == signal.SIGKILL:
-            c.stop(c.etcd, number)
-        else:
-            c.etcd.send_signal(number)
-        mac = a.enter(0x10 + number)
+        heal = fault(c, what)
+        mac = a.enter(0x10 + (what == "kill etcd"))
         wait_for(lambda: mac in b.registry(), "the change on b")
     assert followers.guests[2].pings(c.registry()[followers.guests[1].mac]["ipv4"])
-    if number == signal.SIGKILL:
-        c.start_etcd()
-    else:
-        c.etcd.send_signal(signal.SIGCONT)
+    heal()
     known(followers, mac)
     assert len(told(c)) - lines <= 3  # a line for each thing that failed, and one at its end
 
@@ -305,13 +286,12 @@ def test_without_a_majority_guests_go_on_and_changes_wait(followers):
     pinger = Pinger(followers.guests[0], before[followers.guests[2].mac]["ipv4"])
     guest = a.client("alone", "10:66:6a:4c:b0:51", port="alone", wait=False)
     with one_line(followers, a, "etcd at"):
-        for host in (b, c):
-            host.cut("mgmt0")
+        heal = [fault(host, "cut management") for host in (b, c)]
         guest.dhcp4("alone")  # registered on a
     time.sleep(2)
     assert b.registry() == c.registry() == before
-    for host in (b, c):
-        host.cut("mgmt0", "up")
+    for each in heal:
+        each()
     known(followers, guest.mac)
     report(f"without a majority: pings lost between guests {pinger.lost()}")
 
@@ -344,10 +324,8 @@ def test_new_writer_begins_with_the_registry_of_the_others(followers):
             if host is writer:
                 Path(f"{host.base}.json").unlink()  # even if its own is lost
             host.start_follow(writer.letter)
-        following = [host for host in followers.hosts if host is not writer]
-        wait_for(
-            lambda: not writer.follows() and all(f"{writer.letter} w" in h.follows() for h in following), "a writer"
-        )
+        wanted = ["" if host is writer else f"{writer.letter} writes it" for host in followers.hosts]
+        wait_for(lambda: [host.follows() for host in followers.hosts] == wanted, "a writer")
 
     have_write(b)
     assert b.registry() == before
@@ -431,6 +409,7 @@ def test_settings_that_are_none_are_told_in_one_line_and_so_is_an_interruption(a
     said = alone[1]()
     wait_for(lambda: "No such file" in said() or host.program.poll() is not None, "the error")
     assert re.fullmatch(rf"{alone[0].name}: etcd .*certificates in {host.folder}/tls: .*\n", said())
+    host.stop(host.program, signal.SIGKILL)  # or it tells of the certificates that there are now
     make_certificates(host.folder / "tls")
     for end in ("crt", "key"):
         shutil.copy(host.folder / "tls" / f"a.{end}", host.folder / "tls" / f"host.{end}")

@@ -57,6 +57,12 @@ class Shown(Host):
         assert "Traceback" not in result.stderr
         return result.stdout + result.stderr, result.returncode
 
+    def restart_dnsmasq(self, text):
+        """Have dnsmasq run with this configuration."""
+        self.stop_dnsmasq()
+        self.config.write_text(text)
+        self.start_dnsmasq(config=self.config)
+
     def faults(self):
         """Return what --check says; its exit status says whether there is a fault."""
         lines, status = self.show("--check")
@@ -117,24 +123,26 @@ def sending(client, address, to="10.83.0.1"):
     client.run("ip", "address", "delete", f"{address}/{80 if ':' in address else 24}", "dev", "eth0")
 
 
+def follow_remedy(shown, said, client, address, host="10.83.0.1", name=()):
+    """Do what is said of an address, and wait until the guest reaches the host from there."""
+    remedy = re.search(f"from {address}, .*have that: '(.*)'", said)[1]
+    shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split(), *name)
+    shown.run("ip", "neighbour", "flush", "dev", "br0")  # of the former holder, which has not given it up
+    reached = ["ping", "-c", "1", "-W", "1", "-I", address, host]
+    wait_for(lambda: client.run(*reached, check=False).returncode == 0, "an answer")
+
+
 def test_guest_with_a_wrong_address_is_told_which_and_whose_and_how_it_gets_it(shown):
     """Another's, and nobody's, of both versions. Each remedy is followed, and then the guest reaches the host."""
     own, others = shown.web.addresses("10.")[0], shown.db.addresses("10.")[0]
     shown.update("--allow", "web", "10.83.0.50")
-    for address, whose, host in (
-        (others, "db's", "10.83.0.1"),
-        ("10.83.0.60", "nobody's", "10.83.0.1"),
-        ("fd83:5eed::60", "nobody's", "fd83:5eed::1"),
-    ):
+    for address, whose in ((others, "db's"), ("10.83.0.60", "nobody's"), ("fd83:5eed::60", "nobody's")):
+        host = "fd83:5eed::1" if ":" in address else "10.83.0.1"
         with sending(shown.web, address, host):
             said = wait_for(lambda: address in (text := shown.show("web")[0]) and text, "what it sends")  # noqa: B023
             assert "): with an address, IP or MAC, that is not its sender's\n" in said
             assert f"  it sends from {address}, which is {whose}. If it is to have that: '" in said
-            remedy = re.search(f"from {address}, .*have that: '(.*)'", said)[1]
-            shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split())
-            shown.run("ip", "neighbour", "flush", "dev", "br0")  # of the former holder, which has not given it up
-            reached = ["ping", "-c", "1", "-W", "1", "-I", address, host]
-            wait_for(lambda: shown.web.run(*reached, check=False).returncode == 0, "an answer")  # noqa: B023
+            follow_remedy(shown, said, shown.web, address, host)
         assert shown.show(address)[0].startswith(f"web: {WEB}")
     assert shown.show("10.83.0.50")[0].startswith(f"web: {WEB}")
     assert "  for two seconds it has sent from no such IP address" in shown.show("web")[0]
@@ -152,14 +160,9 @@ def test_sender_that_is_not_registered_is_shown_and_how_to_register_it(shown):
         assert said.startswith(f"{STRANGER} is not registered in ") and "frames (not registered)" in said
         assert shown.show()[0].splitlines()[-1].startswith(f"(not registered)  {STRANGER}  {stranger.port}")
         shown.update("add", "10:66:6a:4c:a1:78", "10.83.0.78", "moved")
-        assert (
-            f"another MAC address now, not registered and dropped: see 'instances-show {STRANGER}'"
-            in shown.show("moved")[0]
-        )
-        remedy = re.search("have that: '(.*)'", said)[1]
-        shown.run("env", f"PATH={shown.path}", f"INSTANCES_BASE_PATH={shown.base}", *remedy.split(), "known")
-        reached = ["ping", "-c", "1", "-W", "1", "-I", "10.83.0.61", "10.83.0.1"]
-        wait_for(lambda: stranger.run(*reached, check=False).returncode == 0, "an answer")
+        told = f"another MAC address now, not registered and dropped: see 'instances-show {STRANGER}'"
+        assert told in shown.show("moved")[0]
+        follow_remedy(shown, said, stranger, "10.83.0.61", name=["known"])
     assert shown.show("10.83.0.61")[0].startswith(f"known: {STRANGER} in ")
 
 
@@ -201,65 +204,43 @@ def test_rules_that_somebody_flushed(shown):
     assert shown.faults() == ""
 
 
-def test_rules_for_a_bridge_that_is_not_there(shown):
-    text = shown.rules.read_text()
-    shown.rules.write_text(text.replace('guarded = "br0"', 'guarded = { "br0",\n "br7" }'))
+GUARDED, TWO = 'guarded = "br0"', 'guarded = { "br0",\n "br7" }'
+FILES = {  # what is wrong with a file: the file, its text, or what is replaced in it and by what, and what is said
+    "rules for no bridge": ("rules/bridge.nft", GUARDED, TWO, "guards br7, and there is no such bridge: put yours in"),
+    "rules that fail": ("rules/a.nft", "", "table inet a {}\n", "a.nft is not in force as it stands: run 'instances-"),
+    "nothing, it has no table": ("rules/a.nft", "", "define for_others = 10.83.0.1\n", ""),
+    "nobody's marker": ("instances-br9.updated", "", "", "instances-br9.updated is of no registry in /etc/default"),
+    "a remark": ("etc/default/instances", "", "INSTANCES_GUARD=observe # later\n", ": line 1 is not NAME=value"),
+    "twice": ("etc/default/instances", "", "PATH=/bin\nPATH=/bin\n", ": line 2 is there twice"),
+    "no registry": ("instances.json", "", "[]", "instances.json: mend it or move it away"),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_file_that_is_wrong_is_told_in_a_line(shown, what):
+    name, old, new, said = FILES[what]
+    file = shown.folder / name
+    before = file.read_text() if file.exists() else None
+    file.write_text(before.replace(old, new) if old else new)
+    shown.run(*shown.applying(), check=False)
+    assert re.fullmatch(f".*{re.escape(said)}.*\n" if said else "", shown.faults())
+    assert not said.startswith("instances.json") or shown.show()[1] == 1
+    file.write_text(before) if before else file.unlink()
     shown.run(*shown.applying())
-    assert shown.faults() == f"{shown.rules.parent} guards br7, and there is no such bridge: put yours in its place\n"
-    shown.rules.write_text(text)
-    shown.run(*shown.applying())
-
-
-def test_rule_file_that_can_not_be_loaded(shown):
-    broken = shown.rules.with_name("broken.nft")
-    broken.write_text("table inet broken { }\n")
-    assert f"{broken} is not in force as it stands: run 'instances-apply'" in shown.faults()
-    assert "not loaded" in shown.run(*shown.applying(), check=False).stderr
-    broken.write_text("define own = 10.83.0.1\n")  # for others to include: it has no table
-    assert shown.faults() == ""
-    broken.unlink()
-
-
-def test_marker_that_nobody_owns(shown):
-    marker = shown.folder / "instances-br9.updated"
-    marker.touch()
-    assert shown.faults().startswith(f"{marker} is of no registry in /etc/default")
-    marker.unlink()
 
 
 def test_registry_whose_updates_nobody_applies(shown, tmp_path):
     settings, marker = shown.settings.with_name("instances-two"), tmp_path / "two.updated"
     settings.write_text(f"INSTANCES_BASE_PATH={tmp_path}/two\nINSTANCES_RULES={tmp_path}\nPATH='{shown.path}'\n")
     marker.touch()
-    assert shown.faults() == f"{tmp_path} has no rule file, so nothing is guarded: copy bridge.nft of " + (
-        "examples/nftables there\n"
-    )
+    told = "has no rule file, so nothing is guarded: copy bridge.nft of examples/nftables there"
+    assert shown.faults() == f"{tmp_path} {told}\n"
     os.utime(marker, (0, 0))
     lines = shown.faults()
     assert f"{marker} waits for more than a minute: 'instances-apply'" in lines
     shown.run(*shown.on_host(str(APPLY)))
     assert str(marker) not in shown.faults()
     settings.unlink()
-
-
-def test_settings_that_programs_read_differently(shown):
-    text = shown.settings.read_text()
-    for line, why in (
-        ("INSTANCES_GUARD=observe # later", "is not NAME=value"),
-        (text.splitlines()[-1], "is there twice"),
-    ):
-        shown.settings.write_text(f"{text}{line}\n")
-        assert shown.faults().startswith(f"/etc/default/instances: line {text.count(chr(10)) + 1} {why}")
-    shown.settings.write_text(text)
-
-
-def test_registry_that_is_broken(shown):
-    registry = shown.folder / "instances.json"
-    text = registry.read_text()
-    registry.write_text("[]")
-    assert f"{registry}: mend it or move it away" in shown.faults()
-    assert shown.show()[1] == 1
-    registry.write_text(text)
 
 
 def test_lease_that_is_not_registered(shown):
@@ -275,31 +256,24 @@ def test_prefix_in_which_guests_make_addresses_for_themselves(shown):
     text, settings = shown.config.read_text(), shown.settings.read_text()
     fault = "br0 has 2001:67c:99::/64, "
     assert fault not in shown.faults()
-    shown.stop_dnsmasq()
-    shown.config.write_text(f"{text}dhcp-range=2001:67c:99::,ra-only\n")
-    shown.start_dnsmasq(config=shown.config)
+    shown.restart_dnsmasq(f"{text}dhcp-range=2001:67c:99::,ra-only\n")
     assert fault in shown.faults()
     shown.settings.write_text(f"{settings}INSTANCES_SLAAC=2001:67c:99::/64\n")
     assert fault not in shown.faults()
     shown.settings.write_text(settings)
     shown.run("ip", "address", "delete", "2001:67c:99::1/64", "dev", "br0")
-    shown.stop_dnsmasq()
-    shown.config.write_text(text)
-    shown.start_dnsmasq(config=shown.config)
+    shown.restart_dnsmasq(text)
 
 
 def test_dnsmasq_that_has_no_names_or_does_not_tell_of_leases_or_is_stopped(shown):
     text = shown.config.read_text()
     shown.stop_dnsmasq()
     assert "10.83.0.1 does not give db's address: 'systemctl status dnsmasq'" in shown.faults()
-    shown.config.write_text(re.sub("^(dhcp-script|hostsdir)=.*\n", "", text, flags=re.MULTILINE))
-    shown.start_dnsmasq(config=shown.config)
+    shown.restart_dnsmasq(re.sub("^(dhcp-script|hostsdir)=.*\n", "", text, flags=re.MULTILINE))
     lines = shown.faults()
     assert "the dnsmasq that serves br0 reports no lease to the registry" in lines
     assert "10.83.0.1 does not give db's address" in lines
-    shown.stop_dnsmasq()
-    shown.config.write_text(text)
-    shown.start_dnsmasq(config=shown.config)
+    shown.restart_dnsmasq(text)
 
 
 def test_guests_that_can_take_another_mac_address(shown):
@@ -312,11 +286,10 @@ def test_guests_that_can_take_another_mac_address(shown):
     interfaces = INTERFACE.format(DB, "br0", ""), INTERFACE.format(STRANGER, "br0", FILTERED)
     xml = domain("db", *interfaces).replace("<domain>", "<domain type='kvm'>").replace("</domain>", "\n</domain>")
     virsh = f"#!/bin/sh\ncase $1 in list) echo {UUID} ;; *) cat {shown.bin}/xml ;; esac\n"
-    for name, program in (("incus", INCUS), ("virsh", virsh)):
-        (shown.bin / name).write_text(program)
-        (shown.bin / name).chmod(0o755)
-    for name, content in (("list", answer([filtered, bare])), ("one", answer({})), ("asked", ""), ("xml", xml)):
+    answers = {"list": answer([filtered, bare]), "one": answer({}), "asked": "", "xml": xml}
+    for name, content in (answers | {"incus": INCUS, "virsh": virsh}).items():
         (shown.bin / name).write_text(content)
+        (shown.bin / name).chmod(0o755)
     lines = shown.faults()
     assert f"{WEB} web: without security.mac_filtering it can be anybody" in lines
     assert lines.count("can be anybody") == 2 and f"{DB}: without libvirt's filter" in lines
@@ -327,12 +300,9 @@ def test_guests_that_can_take_another_mac_address(shown):
 def test_only_printable_text_is_shown_of_what_others_wrote(shown, tmp_path):
     """Of a registry edited by hand, and of dnsmasq's leases; in each form."""
     bad = '\x1b]0;x\x07\x9b31m\u202e\n\x7f"'
-    instances = {
-        WEB: {"name": bad, "ipv4": bad, "ipv6_gua": ["x"], "allowed": [bad, 7], "incus": bad},
-        bad: {"name": {}},
-    }
-    registry = tmp_path / "instances.json"
-    registry.write_text(json.dumps(instances | {DB: {"name": "db", "allowed": "no list", "ipv4": None}}))
+    registry = {WEB: {"name": bad, "ipv4": bad, "ipv6_gua": ["x"], "allowed": [bad, 7], "incus": bad}}
+    registry |= {bad: {"name": {}}, DB: {"name": "db", "allowed": "no list", "ipv4": None}}
+    (tmp_path / "instances.json").write_text(json.dumps(registry))
     leases = f"9999999999 {DB} {bad.strip()} {bad} *\n0 {DB} 10.83.0.9 x *\n\xff 1 2\n{'9' * 5000} {DB} 1 2 3\n"
     (tmp_path / "leases").write_bytes(leases.encode("latin-1", "replace"))
     settings = shown.settings.with_name("instances-bad")
