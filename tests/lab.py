@@ -454,12 +454,16 @@ class Host(Namespace):
         path = Path(f"{self.base}.json")
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def dropped(self, sender: str = "", reason: str = "") -> int:
-        """Return how many frames the guard has dropped, of one sender and for one reason if these are given."""
+    def drops(self, sender: str = "", reason: str = "") -> dict[tuple[str, str], int]:
+        """Return {(sender, reason): frames that the guard has dropped}, of one sender and reason if these are given."""
         listing = json.loads(self.run("nft", "-j", "list", "set", "bridge", "instances", "instances_dropped").stdout)
         elements = [element["elem"] for element in listing["nftables"][1]["set"].get("elem", [])]
-        rows = [(*element["val"]["concat"], element["counter"]["packets"]) for element in elements]
-        return sum(count for mac, why, count in rows if sender in ("", mac) and reason in ("", why))
+        drops = {tuple(element["val"]["concat"]): element["counter"]["packets"] for element in elements}
+        return {(mac, why): n for (mac, why), n in drops.items() if sender in ("", mac) and reason in ("", why)}
+
+    def dropped(self, sender: str = "", reason: str = "") -> int:
+        """Return how many frames that is."""
+        return sum(self.drops(sender, reason).values())
 
     def rules(self, chain: str, text: str = "") -> dict[str, int]:
         """Return handles of a chain's rules with this in their listing, and what each has counted. A chain of another
