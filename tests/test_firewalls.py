@@ -228,7 +228,7 @@ class Firewalld(Firewall):
 def guests(tmp_path_factory):
     """The guarded host with its guests, on which each firewall is tried."""
     need(*PROGRAMS)
-    host = Host(tmp_path_factory.mktemp("guests"))
+    host = Host(tmp_path_factory.mktemp("guests"), bridge=False)
     try:
         yield Guests(host)
     finally:
