@@ -6,6 +6,8 @@ import json
 import re
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from lab import HAS_BR_NETFILTER, HOST_MAC, UPDATE, Client, Host, wait_for
 scapy = pytest.importorskip("scapy.all")
 igmp = pytest.importorskip("scapy.contrib.igmp")
 NEEDS_BR_NETFILTER = pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")
-ATTACKERS = ["registered", "unregistered"]
 HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
 EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"
 LISTENER = """\
@@ -92,6 +93,17 @@ class Guarded:
         """Do the service's work, so that it has none to do afterwards."""
         self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
 
+    def change(self, *arguments: str) -> None:
+        """Change the registry, and have the service put it in force."""
+        self.host.update(*arguments)
+        self.settle()
+
+    def configure(self, **variables: str) -> None:
+        """Have the service put settings in force. reset() takes them back."""
+        self.host.write_settings(**variables)
+        Path(f"{self.host.base}.updated").touch()
+        self.settle()
+
     def state(self) -> list[str]:
         """Return what is in force, with handles, which are never given twice, and what that was made from."""
         listing = self.host.run("nft", "-a", "-s", "-t", "list", "ruleset").stdout
@@ -108,6 +120,7 @@ class Guarded:
             self.leases.write_text(self.expected)
             Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
             self.rules.unlink(missing_ok=True)
+            host.write_settings()
             if guard:
                 self.rules.write_text(self.text)
             if guard and not marker.exists() and self.state() == self.expected_state:
@@ -159,10 +172,14 @@ class Guarded:
         learnt = self.host.neighbour(link_local(attacker.mac))
         return found + ([f"neighbour: {learnt}"] if learnt not in ("", attacker.mac) else [])
 
+    def introduce(self, attacker: Client) -> None:
+        """Have the host learn an attacker's MAC address, by which dnsmasq knows it."""
+        attacker.send(bytes(solicitation(attacker, 133)))
+        wait_for(lambda: self.host.neighbour(link_local(attacker.mac)) == attacker.mac, "its MAC address")
+
     def victim_is_well(self) -> None:
         """Check that the victim pings and renews its leases."""
-        for address in (HOST4, HOST6, "fd83:5eed::1"):
-            wait_for(lambda a=address: self.victim.pings(a), f"a ping of {address}")
+        self.victim.wait_pings(HOST4, HOST6, "fd83:5eed::1")
         self.renew()
 
     def renew(self) -> None:
@@ -319,3 +336,23 @@ def hearing(node, program=LISTENER):
             yield path.read_text
         finally:
             node.stop(process, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def flooding(attacker, frames: list[bytes], pause: float = 0):
+    """Have an attacker send frames again and again; give a function that returns how often it has sent them."""
+    over, sent = threading.Event(), [0]
+
+    def flood():
+        while not over.is_set():
+            attacker.send(*frames)
+            sent[0] += 1
+            time.sleep(pause)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        yield lambda: sent[0]
+    finally:
+        over.set()
+        thread.join()
