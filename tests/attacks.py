@@ -305,6 +305,11 @@ def datagram(attacker, source, destination, sport=5000, dport=5000, mac=""):
     return scapy.Ether(src=mac or attacker.mac, dst=EVERYONE) / ip / scapy.UDP(sport=sport, dport=dport)
 
 
+def tagged(frame, vlan=0):
+    """Return a frame with a VLAN tag, or with one of priority only."""
+    return scapy.Ether(src=frame.src, dst=frame.dst) / scapy.Dot1Q(vlan=vlan, prio=5) / frame.payload
+
+
 def packed(address: str) -> bytes:
     """Return an IPv6 address as bytes."""
     return scapy.inet_pton(scapy.socket.AF_INET6, address)

@@ -31,6 +31,7 @@ from attacks import (
     scapy,
     send_until,
     solicitation,
+    tagged,
     take,
 )
 from lab import UPDATE, wait_for
@@ -217,11 +218,6 @@ def test_client_identifier_of_another_gets_nothing(bridge, attacker):
         wait_for(lambda a=answer: f"DHCP{a}(br0) {address} {attacker.mac}" in bridge.log(), f"a DHCP{answer}")
     assert not bridge.harm(attacker)
     bridge.victim_is_well()
-
-
-def tagged(frame, vlan=0):
-    """Return a frame with a VLAN tag, or with one of priority only."""
-    return scapy.Ether(src=frame.src, dst=frame.dst) / scapy.Dot1Q(vlan=vlan, prio=5) / frame.payload
 
 
 TWIN = SimpleNamespace(mac="12:66:6a:4c:a1:10")  # the victim's but for the bit that a link-local address has flipped
