@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
 import scapy.all as scapy
 from conftest import load
-from lab import PROCESS, UPDATE, Host, environment, process_file, wait_for
+from lab import PROCESS, UPDATE, Host, environment, process_file, run, wait_for
 
 SIZES = (1, 100, 1_000, 10_000)
 PAIRS = 20
@@ -77,8 +78,7 @@ def peak_memory(command: list, env: dict) -> str:
     """Run a command below a small parent, whose memory counts at first; return the most that it had."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stderr=-3); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)"
-    result = subprocess.run([*PYTHON, "-c", code, *command], env=env, capture_output=True, text=True)
-    return f"{result.stdout.strip()} MiB at the most"
+    return f"{run(*PYTHON, '-c', code, *command, env=env).stdout.strip()} MiB at the most"
 
 
 def show(what: str, size: int | str, ours: str, other: str, ratio: float | str, note: str = "") -> None:
@@ -117,20 +117,17 @@ def measure_scripts(folder: Path) -> None:
     for size in SIZES:  # also as jq writes it, with notes
         registry = json.loads((folder / f"{size}.json").read_text())
         registry[mac(0)] |= {"note": "für } {", "tags": ["a", {"b": "c"}]}
-        text = subprocess.run(
-            ["jq", "."], input=json.dumps(registry), capture_output=True, text=True, check=True
-        ).stdout
-        (layouts / f"{size}.json").write_text(text)
+        (layouts / f"{size}.json").write_text(run("jq", ".", input=json.dumps(registry)).stdout)
+
+    def old(n: int, *networks: int) -> list:
+        return [[UPDATE, "old", mac(n), ipv4(n, network)] for network in networks]
+
     row("ignored action (`del`)", folder / "10000", [UPDATE, "del", mac(1), ipv4(1)])
-    rows("registered lease (`old`)", folder, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
-    rows("… in a registry with notes as jq writes it", layouts, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
+    rows("registered lease (`old`)", folder, lambda n: old(n // 2, 83))
+    rows("… in a registry with notes as jq writes it", layouts, lambda n: old(n // 2, 83))
     row("processor without a marker", folder / "10000", [PROCESS])
     rows("processor with a marker", folder, lambda n: [[PROCESS]], marker=True)
-    rows(
-        "lease that changes an address",
-        folder,
-        lambda n: [[UPDATE, "old", mac(n), ipv4(n, network)] for network in (98, 99)],
-    )
+    rows("lease that changes an address", folder, lambda n: old(n, 98, 99))
 
 
 def measure_restart(folder: Path) -> None:
@@ -138,8 +135,8 @@ def measure_restart(folder: Path) -> None:
 
     Registering these two shows that all are done, whichever way dnsmasq goes through them.
     """
-    host, count = Host(folder, ("10.83.0.1/16",)), 1000
-    try:
+    count = 1000
+    with closing(Host(folder, ("10.83.0.1/16",))) as host:
         write_registry(host.base, count - 1)
         registry = host.registry()
         del registry[mac(0)]
@@ -160,8 +157,6 @@ def measure_restart(folder: Path) -> None:
             f"{bare:.1f} s",
             restart / bare,
         )
-    finally:
-        host.close()
 
 
 def frames(sender: str, receiver: str) -> dict[str, str]:
@@ -188,8 +183,7 @@ def measure_frames(folder: Path) -> dict:
 
     Return how many times as much as with empty chains a frame of IPv4 TCP costs: {(what, number of instances): ratio}.
     """
-    host = Host(folder)
-    try:
+    with closing(Host(folder)) as host:
         sender, receiver, *_ = (host.client(f"port{number}", mac(number)) for number in range(4))
         files = {"empty": folder / "empty.nft"}
         guard = host.example("nftables/bridge.nft").read_text()
@@ -226,8 +220,6 @@ def measure_frames(folder: Path) -> dict:
             growth = ratios["bridge.nft", 10_000] / ratios["bridge.nft", 1]
             show("… growth of bridge.nft", "1 to 10,000", "", "", growth)
         return pictured
-    finally:
-        host.close()
 
 
 SVG = """\
@@ -270,8 +262,7 @@ def picture(ratios: dict) -> str:
 
 def measure_loading(folder: Path) -> None:
     """Measure the loading of the whole guard."""
-    host = Host(folder)
-    try:
+    with closing(Host(folder)) as host:
         write_registry(host.base, 10_000)
         timed([*PYTHON, PROCESS, "-f"], environment(host.base))
         ours, one_a_rule = host.example("nftables/bridge.nft"), folder / "rules.nft"
@@ -283,8 +274,6 @@ def measure_loading(folder: Path) -> None:
         ours, rules = (statistics.median(elapsed) for elapsed in times.values())
         what = "`nft -f bridge.nft` / of a rule per address"
         show(what, "10,000", f"{ours:.0f} ms", f"{rules:.0f} ms", ours / rules)
-    finally:
-        host.close()
 
 
 def rule_an_address(count: int) -> str:
@@ -304,8 +293,7 @@ def measure_way_in(folder: Path) -> None:
     """Measure from a client's DHCPACK to its first answered ping, while nothing puts the registry in force."""
     for size in (1, 1_000, 10_000):
         (folder / str(size)).mkdir()
-        host = Host(folder / str(size), ("10.84.0.1/24",))
-        try:
+        with closing(Host(folder / str(size), ("10.84.0.1/24",))) as host:
             write_registry(host.base, size)
             host.update("--initialize", "br0", "host")
             host.process()
@@ -318,16 +306,13 @@ def measure_way_in(folder: Path) -> None:
             answered = float(re.search(r"^\[(.*?)\] 64 bytes", pings, re.MULTILINE)[1])
             bound = Path(f"{client.script}.log").stat().st_mtime
             show("from DHCPACK to the first answered ping", f"{size:,}", f"{answered - bound:.3f} s", "", "")
-        finally:
-            host.close()
 
 
 def measure_applying(folder: Path) -> None:
     """Measure a change of one address, until it is in the guard and dnsmasq has its name, beside a load of it all."""
     for size in SIZES[1:]:
         (folder / str(size)).mkdir()
-        host = Host(folder / str(size), ("10.83.0.1/16",))
-        try:
+        with closing(Host(folder / str(size), ("10.83.0.1/16",))) as host:
             write_registry(host.base, size)
             (host.folder / "rules").mkdir()
             guard = host.example("nftables/bridge.nft").rename(host.folder / "rules" / "bridge.nft")
@@ -359,8 +344,6 @@ def measure_applying(folder: Path) -> None:
             show(what, f"{size:,}", ours, other, ratio, note)
             ours, other = f"{medians['nothing'] * 1000:.0f} ms", f"{medians['bare'] * 1000:.0f} ms"
             show("instances-apply, nothing changed", f"{size:,}", ours, other, medians["nothing"] / medians["bare"])
-        finally:
-            host.close()
 
 
 def processor_time(pid: int) -> float:
@@ -375,7 +358,7 @@ def main(arguments: list[str]) -> None:
         with tempfile.TemporaryDirectory() as name:
             Path(arguments[1]).write_text(picture(measure_frames(Path(name))))
         return
-    nft = subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.split()[1]
+    nft = run("nft", "--version").stdout.split()[1]
     python = f"Python {platform.python_version()}, filelock {version('filelock')}"
     print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
     print("| what | instances | ours | bare Python or other | ratio | |\n| --- | --- | --- | --- | --- | --- |")
