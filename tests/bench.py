@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -130,33 +130,36 @@ def measure_scripts(folder: Path) -> None:
     rows("lease that changes an address", folder, lambda n: old(n, 98, 99))
 
 
+@contextmanager
+def registered(folder: Path, size: int, addresses: tuple = ("10.83.0.1/16",)):
+    """Give a host with so many instances in its registry."""
+    (folder / str(size)).mkdir()
+    with closing(Host(folder / str(size), addresses)) as host:
+        write_registry(host.base, size)
+        yield host
+
+
 def measure_restart(folder: Path) -> None:
     """Measure a dnsmasq that starts with 1,000 leases, all registered but the first and the last of its file.
 
     Registering these two shows that all are done, whichever way dnsmasq goes through them.
     """
     count = 1000
-    with closing(Host(folder, ("10.83.0.1/16",))) as host:
-        write_registry(host.base, count - 1)
+    with registered(folder, count - 1) as host:
         registry = host.registry()
         del registry[mac(0)]
         Path(f"{host.base}.json").write_text(UPDATE_MODULE.registry_text(registry))
         expiry = int(time.time()) + 86400
         leases = "".join(f"{expiry} {mac(n)} {ipv4(n)} web-{n} *\n" for n in range(count))
-        (folder / "leases").write_text(leases.replace(ipv4(0), ipv4(2000)))
+        (host.folder / "leases").write_text(leases.replace(ipv4(0), ipv4(2000)))
         begin = time.perf_counter()
         host.start_dnsmasq("10.83.0.0,10.83.255.254,255.255.0.0")
         ends = {mac(0), mac(count - 1)}
         wait_for(lambda: ends <= host.registry().keys(), "the last lease", 120)
         restart = time.perf_counter() - begin
         bare = sum(timed(BARE, environment(host.base)) for _ in range(count)) / 1000
-        show(
-            "dnsmasq restart with 1,000 registered leases",
-            "1,000",
-            f"{restart:.1f} s",
-            f"{bare:.1f} s",
-            restart / bare,
-        )
+        what, both = "dnsmasq restart with 1,000 registered leases", (f"{restart:.1f} s", f"{bare:.1f} s")
+        show(what, f"{count:,}", *both, restart / bare)
 
 
 def frames(sender: str, receiver: str) -> dict[str, str]:
@@ -262,10 +265,9 @@ def picture(ratios: dict) -> str:
 
 def measure_loading(folder: Path) -> None:
     """Measure the loading of the whole guard."""
-    with closing(Host(folder)) as host:
-        write_registry(host.base, 10_000)
+    with registered(folder, 10_000) as host:
         timed([*PYTHON, PROCESS, "-f"], environment(host.base))
-        ours, one_a_rule = host.example("nftables/bridge.nft"), folder / "rules.nft"
+        ours, one_a_rule = host.example("nftables/bridge.nft"), host.folder / "rules.nft"
         one_a_rule.write_text(rule_an_address(10_000))
         times = {file: [] for file in (ours, one_a_rule)}
         for _ in range(5):
@@ -292,9 +294,7 @@ def rule_an_address(count: int) -> str:
 def measure_way_in(folder: Path) -> None:
     """Measure from a client's DHCPACK to its first answered ping, while nothing puts the registry in force."""
     for size in (1, 1_000, 10_000):
-        (folder / str(size)).mkdir()
-        with closing(Host(folder / str(size), ("10.84.0.1/24",))) as host:
-            write_registry(host.base, size)
+        with registered(folder, size, ("10.84.0.1/24",)) as host:
             host.update("--initialize", "br0", "host")
             host.process()
             host.run("nft", "-f", host.example("nftables/bridge.nft"))
@@ -311,9 +311,7 @@ def measure_way_in(folder: Path) -> None:
 def measure_applying(folder: Path) -> None:
     """Measure a change of one address, until it is in the guard and dnsmasq has its name, beside a load of it all."""
     for size in SIZES[1:]:
-        (folder / str(size)).mkdir()
-        with closing(Host(folder / str(size), ("10.83.0.1/16",))) as host:
-            write_registry(host.base, size)
+        with registered(folder, size) as host:
             (host.folder / "rules").mkdir()
             guard = host.example("nftables/bridge.nft").rename(host.folder / "rules" / "bridge.nft")
             host.write_settings()
@@ -363,14 +361,8 @@ def main(arguments: list[str]) -> None:
     print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
     print("| what | instances | ours | bare Python or other | ratio | |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
-        for measure in (
-            measure_scripts,
-            measure_restart,
-            measure_frames,
-            measure_loading,
-            measure_applying,
-            measure_way_in,
-        ):
+        measures = (measure_scripts, measure_restart, measure_frames, measure_loading, measure_applying, measure_way_in)
+        for measure in measures:
             folder = Path(name) / measure.__name__
             folder.mkdir()
             measure(folder)

@@ -13,9 +13,7 @@ need:
 sequences_model.py is the model: it knows the policy, and no rule. Exit status: 1 if anything was found, else 0.
 """
 
-import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -23,15 +21,14 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from fuzz import Bed, inside, packet_socket, unlimited
-from fuzz_frames import seal, udp
-from fuzz_judge import ADVERT, ICMP6, ROUTER_ADVERT, ROUTER_SOLICIT, SOLICIT, checksum
-from lab import EXAMPLES, OPEN, PROCESS, UPDATE, Host, Namespace
+from conftest import load
+from fuzz import Bed, inside, on_one_processor, options_parser, packet_socket, unlimited
+from fuzz_judge import ADVERT, ICMP6, ROUTER_ADVERT, ROUTER_SOLICIT, SOLICIT, checksum, seal, udp
+from lab import PROCESS, UPDATE, Host
 from sequences_model import MACS, MAYBE, NO, PREFIXES, SLACK, YES, Model, Now, is_claimed, made, packed
 
 PORTS = {"h": "h", "a": "a", "b": "b", "v": "v", "r": "u", "l": "w"}  # where each is at first
@@ -97,9 +94,7 @@ def discovery(kind: int, target: str = "", who: str = "") -> tuple[int, bytes]:
 
 def module(path: Path):
     """Return one of the two scripts as a module that prints nothing."""
-    spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
-    result = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(result)
+    result = load(path)
     result.say = lambda *_: None
     return result
 
@@ -429,26 +424,16 @@ def try_out(bridge: Bridge, steps: list[str]) -> Counter:
 
 def main() -> int:
     """Run; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
-    parser.add_argument("--br-netfilter", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--rules", type=Path, default=EXAMPLES / "nftables" / "bridge.nft", metavar="FILE")
     parser.add_argument("--again", metavar="STEPS")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # on one processor what is sent first arrives first
     count, end = Counter(), time.monotonic() + options.seconds
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            bridge = Bridge(Path(folder), options.rules, bool(options.br_netfilter))
-            while time.monotonic() < end:
-                steps = sequence(f"{options.seed}/{count['sequences']}", 70)
-                count += try_out(bridge, options.again.split("; ") if options.again else steps)
-                if options.again:
-                    break
-        finally:
-            for namespace in reversed(OPEN.copy()):
-                Namespace.close(namespace)
+    with on_one_processor() as folder:
+        bridge = Bridge(folder, options.rules, bool(options.br_netfilter))
+        while time.monotonic() < end and not (options.again and count):
+            steps = sequence(f"{options.seed}/{count['sequences']}", 70)
+            count += try_out(bridge, options.again.split("; ") if options.again else steps)
     print(", ".join(f"{count[name]} {name}" for name in ("sequences", "frames", "needed", "forbidden")), end=", ")
     print(f"{count['violation']} violations, {count['false drop']} false drops, seed {options.seed}")
     return int(count["violation"] + count["false drop"] > 0)
