@@ -94,6 +94,8 @@ def test_claims_outlive_a_load_of_the_rule_file_by_hand(claimed):
     host.run(*host.applying())
     claimed.is_dropped("NDP target", attacker, advertised(attacker, CLAIMED))
     assert host.neighbour(CLAIMED) == claimed.victim.mac
+    assert claimed.victim.pings(f"{link_local(HOST_MAC)}%eth0") and not host.dropped(claimed.victim.mac)
+    host.run("ping", "-n", "-c", "1", "-W", "2", f"{CLAIMED}%br0")
 
 
 def test_address_of_a_guest_that_leaves_the_registry_is_free_for_another(claimed):

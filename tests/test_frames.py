@@ -1,6 +1,7 @@
 """Frames that no system sends by itself, and what they do where the rule against them is taken out of the guard.
 
-br_netfilter straightens frames before the guard sees them, so it is off here.
+br_netfilter straightens frames before the guard sees them, so it is off here. That later fragments which look like DHCP
+arrive is in test_fuzz.py.
 """
 
 import contextlib
@@ -264,41 +265,3 @@ def test_guest_that_speaks_as_a_multicast_router_is_not_believed(bridge):
         assert not is_believed(), kind
         with bridge.without(chain, rule):
             send_until(is_believed, attacker, frame, ring=in_pieces)
-
-
-LATER = {  # what nftables takes for a later fragment's destination port, and the chains that must not look at it
-    67: ("instances_ask", "instances_drop_dhcp", "instances_drop_request"),
-    547: ("instances_ask", "instances_drop_dhcp", "instances_drop_request"),
-    68: ("instances_drop_rogue",),
-    546: ("instances_drop_rogue",),
-}
-RULES = {4: "ip frag-off & 8191 != 0", 6: "exthdr frag exists frag frag-off != 0"}
-
-
-@pytest.mark.parametrize("version", RULES)
-def test_later_fragment_that_looks_like_dhcp_arrives(bridge, version):
-    """Of IPv4, nftables reads ports out of the fragment's data; of IPv6, out of the flow label."""
-    attacker, rule = bridge.registered, RULES[version]
-    kind = "ipv4" if version == 4 else "ipv6_gua"
-    with hearing(bridge.victim) as heard:
-        for port, chains in LATER.items():
-            packet = datagram(attacker, bridge.registry[attacker.mac][kind], bridge.own[kind])
-            packet /= bytes(16) + port.to_bytes(4, "big") + f"port {port}".encode()
-            if version == 6:
-                packet.fl = port
-
-            def arrives(packet=packet, port=port, before=""):
-                """Tell whether it comes before a datagram that is sent behind it."""
-                before, last = heard(), packet.copy()
-                last[scapy.UDP].payload = scapy.Raw(b"the last one")
-                last.fl = 0
-                attacker.send(*map(bytes, split(packet, 24)), bytes(last))
-                wait_for(lambda: "the last one" in heard()[len(before) :], "the datagram behind it")
-                return f"port {port}" in heard()[len(before) :]
-
-            wait_for(arrives, f"a datagram that looks like {port}")
-            for taken in (chains, chains[1:]) if "instances_ask" in chains else (chains,):
-                with contextlib.ExitStack() as without:
-                    for chain in taken:
-                        without.enter_context(bridge.without(chain, rule))
-                    assert not arrives(), taken
