@@ -82,6 +82,7 @@ class Guarded:
         self.settle()
         self.was, self.registry = self.leases.read_text(), host.registry()
         self.expected_state = self.state()
+        self.pause = contextlib.ExitStack()
         self.learned = re.findall(r"set (\w+) {(?=[^}]*dynamic)", self.expected_state[0])
         self.server_duid = octets(re.search("^duid (.*)$", self.was, re.MULTILINE)[1])
         rows = [line.split() for line in self.was.splitlines()]
@@ -139,7 +140,10 @@ class Guarded:
         host.start_dnsmasq(config=config)
 
     def guard(self, on: bool) -> None:
-        """Load the guard, with nothing learned, or take its rules away: its hooks stay, in their order."""
+        """Load the guard, with nothing learned, or take its rules away, but not its hooks, and keep the service off."""
+        self.pause.close()
+        if not on:
+            fcntl.flock(self.pause.enter_context(open(f"{self.host.base}.updated.service", "a")), fcntl.LOCK_EX)
         lines = [f'include "{self.rules}"', *(f"flush set bridge instances {name}" for name in self.learned)]
         lines += [] if on else [f"flush chain bridge instances at_{hook}" for hook in ("prerouting", "forward")]
         self.host.run("nft", "-f", "-", input="\n".join(lines))
