@@ -187,7 +187,6 @@ class Guarded:
         self.renew()
 
     def renew(self) -> None:
-        """Have the victim renew its leases."""
         renewals = self.victim.events().count("renew 10.83")
         self.lease4.send_signal(signal.SIGUSR1)
         wait_for(lambda: self.victim.events().count("renew 10.83") > renewals, "a renewal over IPv4")
@@ -288,7 +287,6 @@ def dhcp6(bridge, attacker, message, *options, duid=b"", addresses=None, times=0
 
 
 def own_duid(attacker) -> bytes:
-    """Return a DUID that is nobody else's."""
     return b"\0\3\0\1" + octets(attacker.mac)
 
 
@@ -315,7 +313,6 @@ def tagged(frame, vlan=0):
 
 
 def packed(address: str) -> bytes:
-    """Return an IPv6 address as bytes."""
     return scapy.inet_pton(scapy.socket.AF_INET6, address)
 
 

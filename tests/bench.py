@@ -42,12 +42,10 @@ print((time.process_time() - begin) / count * 1e6)
 
 
 def mac(number: int) -> str:
-    """Return the MAC address of an instance."""
     return f"10:66:6a:00:{number >> 8:02x}:{number & 255:02x}"
 
 
 def ipv4(number: int, network: int = 83) -> str:
-    """Return the IPv4 address of an instance."""
     return f"10.{network}.{number >> 8}.{number & 255}"
 
 
@@ -109,7 +107,6 @@ def rows(what: str, folder: Path, commands, marker: bool = False) -> None:
 
 
 def measure_scripts(folder: Path) -> None:
-    """Measure the runs of the two scripts."""
     for size in SIZES:
         write_registry(folder / str(size), size)
     layouts = folder / "jq"
@@ -264,7 +261,6 @@ def picture(ratios: dict) -> str:
 
 
 def measure_loading(folder: Path) -> None:
-    """Measure the loading of the whole guard."""
     with registered(folder, 10_000) as host:
         timed([*PYTHON, PROCESS, "-f"], environment(host.base))
         ours, one_a_rule = host.example("nftables/bridge.nft"), host.folder / "rules.nft"
@@ -351,7 +347,6 @@ def processor_time(pid: int) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, or make the picture."""
     if arguments[:1] == ["--svg"] and len(arguments) == 2:
         with tempfile.TemporaryDirectory() as name:
             Path(arguments[1]).write_text(picture(measure_frames(Path(name))))

@@ -51,7 +51,6 @@ from fuzz_judge import (
     SLAAC,
     SOLICIT,
     SOLICITED_NODE,
-    UDP,
     VICTIM,
     Generator,
     Judge,
@@ -109,11 +108,18 @@ def unlimited(text: str) -> str:
     return re.sub(r"rate over [^}]* burst \d+ \w+", "rate over 1000000/second burst 1000000 packets", text)
 
 
-def discovery(owner: bytes, source: bytes, target: bytes, message: bytes) -> bytes:
-    """Return a frame to a group with a message of neighbour discovery."""
-    data = seal(ICMP6, source, target, message)
-    packet = struct.pack("!IHBB", 6 << 28, len(data), ICMP6, 255) + source + target + data
-    return MULTICAST6 + owner + b"\x86\xdd" + packet
+def frame4(to: bytes, owner: bytes, source: bytes, target: bytes, layer: tuple[int, bytes]) -> bytes:
+    """Return a frame with IPv4."""
+    protocol, data = layer[0], seal(layer[0], source, target, layer[1])
+    head, ends = struct.pack("!BxHHHBB", 0x45, 20 + len(data), 0, 0, 64, protocol), source + target
+    return to + owner + b"\x08\0" + head + struct.pack("!H", checksum(head + ends)) + ends + data
+
+
+def frame6(owner: bytes, source: bytes, target: bytes, layer: tuple[int, bytes], hops: int = 255) -> bytes:
+    """Return a frame with IPv6, to all."""
+    protocol, data = layer[0], seal(layer[0], source, target, layer[1])
+    head = struct.pack("!IHBB", 6 << 28, len(data), protocol, hops)
+    return MULTICAST6 + owner + b"\x86\xdd" + head + source + target + data
 
 
 class Ring:
@@ -157,7 +163,6 @@ def heard(ear: socket.socket) -> list[bytes]:
 
 
 def attributes(data: bytes) -> dict[int, bytes]:
-    """Return the attributes of a netlink message."""
     found = {}
     while len(data) >= 4:
         size, number = struct.unpack_from("HH", data)
@@ -214,19 +219,17 @@ class Bed(Host):
         for owner, addresses in CLAIMED.items():
             for address in addresses:
                 group = SOLICITED_NODE + address[13:]
-                self.exchange(owner, "raw", [discovery(owner, NOBODY, group, bytes([SOLICIT]) + bytes(7) + address)])
+                message = ICMP6, bytes([SOLICIT]) + bytes(7) + address
+                self.exchange(owner, "raw", [frame6(owner, NOBODY, group, message)])
         for address in ELSEWHERE[HOST]:
-            message = bytes([ADVERT]) + bytes(7) + address
-            self.raw[HOST].send(discovery(HOST, eui64(HOST), ip("ff02::1"), message))
+            message = ICMP6, bytes([ADVERT]) + bytes(7) + address
+            self.raw[HOST].send(frame6(HOST, eui64(HOST), ip("ff02::1"), message))
         for address in ELSEWHERE[ROUTER]:
-            message = bytes([SOLICIT]) + bytes(7) + eui64(ROUTER)
-            self.raw[ROUTER].send(discovery(ROUTER, address, ip("ff02::1"), message))
+            message = ICMP6, bytes([SOLICIT]) + bytes(7) + eui64(ROUTER)
+            self.raw[ROUTER].send(frame6(ROUTER, address, ip("ff02::1"), message))
         for owner, address in LEASED.items():
             message = b"\2\1\6" + bytes(13) + address + bytes(8) + owner + bytes(202) + b"\x63\x82\x53\x63\x35\1\5\xff"
-            data = seal(UDP, ip("10.83.0.1"), BROADCAST, udp((67, 68), message)[1])
-            head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(data), 0, 0, 64, UDP, 0) + ip("10.83.0.1") + BROADCAST
-            head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
-            self.raw[HOST].send(EVERYONE + HOST + b"\x08\0" + head + data)
+            self.raw[HOST].send(frame4(EVERYONE, HOST, ip("10.83.0.1"), BROADCAST, udp((67, 68), message)))
 
     def listing(self) -> list[tuple[list[str], str, str]]:
         """Return the guard's rules: (family, table and chain; text; handle)."""
@@ -346,7 +349,6 @@ class Trial:
             self.found("violation", "the bridge believes a multicast query", sender, way, culprit)
 
     def run(self, frames: int, seed: int) -> None:
-        """Send so many frames of a seed."""
         generator = Generator(seed)
         renewal = 0
         try:
@@ -393,7 +395,6 @@ def options_parser(description: str) -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run; return the exit status."""
     parser = options_parser(__doc__)
     parser.add_argument("--frames", type=int, default=100_000)
     parser.add_argument("--listed", action="store_true")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 
 def ip(text: str) -> bytes:
-    """Return an IP address as bytes."""
     return ip_address(text).packed
 
 
@@ -142,7 +141,6 @@ def read_ip6(body: bytes) -> Packet | None:
 
 
 def read(frame: bytes) -> Packet | None:
-    """Return the IP packet of a frame."""
     return {b"\x08\0": read_ip, b"\x86\xdd": read_ip6}.get(frame[12:14], lambda body: None)(frame[14:])
 
 
@@ -485,7 +483,6 @@ class Generator:
         return not self.dice.randrange(number) and not self.honest
 
     def pick(self, *things):
-        """Return one of the things."""
         return self.dice.choice(things)
 
     def changed(self, data: bytes, last: int = 48) -> bytes:
@@ -507,13 +504,11 @@ class Generator:
         return self.pick(VICTIM, HOST, self.changed(self.sender)) if self.one_in(4) else self.sender
 
     def ports(self) -> tuple[int, int]:
-        """Return UDP ports."""
         return (self.pick(*PORTS), self.pick(*PORTS)) if self.one_in(2) else (1000, 5353)
 
     # What guests and attackers send, each without a checksum, behind its protocol's number
 
     def dhcp(self) -> tuple[int, bytes]:
-        """Return a message of a DHCP client or server."""
         server, relay = self.one_in(3), self.address(4) if self.one_in(7) else ZERO
         given = self.address(4) if server or self.one_in(7) else ZERO
         message = struct.pack("!BBBBI8x", 2 if server else 1, 1, 6, 0, self.dice.getrandbits(32))
@@ -522,7 +517,6 @@ class Generator:
         return udp(self.ports() if self.one_in(4) else (67, 68) if server else (68, 67), message)
 
     def dhcp6(self) -> tuple[int, bytes]:
-        """Return a message of DHCPv6, of any kind."""
         kind = self.dice.randrange(14) if self.one_in(2) else self.pick(1, 3, 5, 6, 11)
         message = bytes([kind]) + self.dice.randbytes(3) + b"\0\1\0\x0a\0\3\0\1" + self.hardware()
         return udp(self.ports() if self.one_in(4) else (547, 546) if kind in (2, 7, 10, 13) else (546, 547), message)
@@ -663,7 +657,6 @@ class Generator:
         return packets
 
     def arp(self) -> bytes:
-        """Return ARP: a request, a reply or a probe."""
         source = ZERO if self.one_in(5) else self.address(4)
         data = struct.pack("!HHBBH", 6 if self.one_in(10) else 1, IP, 6, 4, self.pick(1, 2)) + self.hardware() + source
         data += self.pick(bytes(6), VICTIM) + self.address(4, 2)

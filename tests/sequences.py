@@ -26,14 +26,13 @@ from collections import Counter
 from pathlib import Path
 
 from conftest import load
-from fuzz import Bed, inside, on_one_processor, options_parser, packet_socket, unlimited
-from fuzz_judge import ADVERT, ICMP6, ROUTER_ADVERT, ROUTER_SOLICIT, SOLICIT, checksum, seal, udp
+from fuzz import Bed, frame4, frame6, inside, on_one_processor, options_parser, packet_socket, unlimited
+from fuzz_judge import ADVERT, EVERYONE, ICMP6, ROUTER_ADVERT, ROUTER_SOLICIT, SOLICIT, udp
 from lab import PROCESS, UPDATE, Host
 from sequences_model import MACS, MAYBE, NO, PREFIXES, SLACK, YES, Model, Now, is_claimed, made, packed
 
 PORTS = {"h": "h", "a": "a", "b": "b", "v": "v", "r": "u", "l": "w"}  # where each is at first
 UPLINKS = ("u", "w")
-EVERYONE, GROUP = b"\xff" * 6, bytes.fromhex("333300000001")
 REGISTRY = {
     "h": {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_lla": "fe80::8099:e2ff:5d8a:32"},
     "a": {"name": "a", "ipv4": "10.83.0.10", "ipv6_gua": "2001:67c:83::10", "ipv6_lla": made("fe80::", "a")},
@@ -53,19 +52,11 @@ ALLOWED = ("10.83.0.21", "10.83.0.22 2001:67c:83::bb", "10.99.0.0/24 2001:67c:99
 
 
 def ip4(who: str, source: str, target: str, layer: tuple[int, bytes], to: bytes = EVERYONE) -> bytes:
-    """Return a frame with IPv4."""
-    (protocol, data), ends = layer, packed(source) + packed(target)
-    data = seal(protocol, ends[:4], ends[4:], data)
-    head = struct.pack("!BxHHHBB", 0x45, 20 + len(data), 0, 0, 64, protocol)
-    head += struct.pack("!H", checksum(head + ends)) + ends
-    return to + MACS[who] + b"\x08\0" + head + data
+    return frame4(to, MACS[who], packed(source), packed(target), layer)
 
 
 def ip6(who: str, source: str, layer: tuple[int, bytes], hops: int = 255, target: str = "ff02::1") -> bytes:
-    """Return a frame with IPv6, to all."""
-    (protocol, data), ends = layer, packed(source) + packed(target)
-    data = seal(protocol, ends[:16], ends[16:], data)
-    return GROUP + MACS[who] + b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, len(data), protocol, hops) + ends + data
+    return frame6(MACS[who], packed(source), packed(target), layer, hops)
 
 
 def arp(who: str, address: str, named: str = "", target: str = "10.83.0.1") -> bytes:
@@ -130,7 +121,6 @@ class Bridge(Host):
             self.sockets["h"] = packet_socket("br0", 3)
 
     def nft(self, text: str) -> None:
-        """Have nft do what a text says."""
         with inside(self.name):
             done = subprocess.run(["nft", "-f", "-"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -268,7 +258,6 @@ class Trial:
         self.send(who, frame, lambda now: self.model.may_send(who, address, now, False))
 
     def servers(self) -> tuple:
-        """Return where DHCP servers are."""
         return ("h", "u") if self.model.server == "u" else ("h",)
 
     def do_ask(self, who: str, kind: str) -> None:
@@ -423,7 +412,6 @@ def try_out(bridge: Bridge, steps: list[str]) -> Counter:
 
 
 def main() -> int:
-    """Run; return the exit status."""
     parser = options_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--again", metavar="STEPS")

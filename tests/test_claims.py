@@ -27,7 +27,7 @@ from attacks import (
     send_until,
     solicited,
 )
-from lab import HOST_MAC, block, wait_for
+from lab import HOST_MAC, block, environment, wait_for
 
 pytestmark = pytest.mark.slow
 CLAIMED, HOSTS_OWN = "fe80::8099:e2ff:5d8a:10", "fe80::8099:e2ff:5d8a:1"
@@ -336,38 +336,30 @@ def test_message_of_one_s_own_from_another_s_address_does_the_other_no_harm(brid
     assert not bridge.harm(attacker)
 
 
-def lose_registry(bridge):
-    Path(f"{bridge.host.base}.json").unlink(missing_ok=True)
-    Path(f"{bridge.host.base}.updated").touch()
-
-
-def remove(bridge):
-    bridge.host.update("--remove", bridge.victim.mac)
-
-
-def renew_guard(bridge):
-    bridge.host.run("nft", "delete", "table", "bridge", "instances")
-    lose_registry(bridge)
-
-
-LOST = {"registry lost": lose_registry, "removed": remove, "guard new here": renew_guard}
+LOST = {  # how: commands, for the files' base and the guest's MAC address
+    "registry lost": 'rm -f "$0.json"',
+    "removed": 'instances-update.py --remove "$1"',
+    "guard new here": 'rm -f "$0.json"; nft delete table bridge instances || :',
+}
 
 
 @pytest.mark.parametrize("how", LOST)
 def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge, how):
+    host, victim = bridge.host, bridge.victim
     bridge.reset()
 
     def cut_off():  # for good: dnsmasq has just started, and tells all leases
-        LOST[how](bridge)
+        commands = f'{LOST[how]}; touch "$0.updated"'
+        host.run("sh", "-c", commands, host.base, victim.mac, env=environment(host.base))
         bridge.settle()
-        return not bridge.victim.pings(HOST4) and bridge.victim.mac not in bridge.host.registry()
+        return not victim.pings(HOST4) and victim.mac not in host.registry()
 
     wait_for(cut_off, "a guest that is cut off")
     # With the host's MAC address forgotten, as after some time without an answer: what it sends to all gets through.
-    bridge.victim.run("ip", "neighbour", "flush", "dev", "eth0")
+    victim.run("ip", "neighbour", "flush", "dev", "eth0")
     bridge.renew()
     own = {*bridge.own.values()}
-    wait_for(lambda: own <= {*bridge.host.registry().get(bridge.victim.mac, {}).values()}, "its entry")
+    wait_for(lambda: own <= {*host.registry().get(victim.mac, {}).values()}, "its entry")
     bridge.victim_is_well()
 
 

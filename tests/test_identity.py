@@ -125,41 +125,41 @@ FORGED = {  # what the registry itself does not believe, as dnsmasq does
 }
 
 
-def credulous(script):
-    """Write a copy of our script that believes all that dnsmasq tells it."""
+@pytest.fixture(scope="module")
+def credulous(bridge):
+    """A copy of our script that believes all that dnsmasq tells it."""
+    script = bridge.host.folder / "credulous.py"
     text, count = re.subn('elif (keepers|kind == "reminder") and .*:', "elif False:", UPDATE.read_text())
     assert count == 2
     script.write_text(text)
     script.chmod(0o755)
+    return script
 
 
 @pytest.mark.parametrize("attack", FORGED)
-def test_lease_of_an_address_of_another_is_not_registered(bridge, attacker, attack):
-    script = bridge.host.folder / "credulous.py"
-    credulous(script)
-    for believed in (script, UPDATE):
-        bridge.reset("Rebind" not in attack, script=believed)  # by itself: the guard drops Rebind
+def test_lease_of_an_address_of_another_is_not_registered(bridge, attacker, credulous, attack):
+    for script in (credulous, UPDATE):
+        bridge.reset("Rebind" not in attack, script=script)  # by itself: the guard drops Rebind
         bridge.introduce(attacker)
         attacker.send(bytes(FORGED[attack](bridge, attacker)))
-        if believed == script:
+        if script == credulous:
             wait_for(lambda: "stolen" in str(bridge.harm(attacker)), "an address that is stolen")
     wait_for(lambda: bridge.log().count("has it") == 2, "both addresses told")
     assert not bridge.harm(attacker)
     bridge.victim_is_well()
 
 
-def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is_not_registered(bridge):
-    attacker, host, script = bridge.unregistered, bridge.host, bridge.host.folder / "credulous.py"
+def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is_not_registered(bridge, credulous):
+    attacker, host = bridge.unregistered, bridge.host
     registered, new, allowed = ([f"2001:67c:83::5{n}", f"fd83:5eed::5{n}"] for n in (3, 4, 5))
     wanted = {*registered, *new, *allowed}
-    credulous(script)
 
     def given():
         return wanted & {*host.registry().get(attacker.mac, {}).values()}
 
     try:
-        for believed in (script, UPDATE):
-            bridge.reset(False, script=believed)
+        for script in (credulous, UPDATE):
+            bridge.reset(False, script=script)
             for address in registered + new:
                 host.run("ip", "address", "replace", f"{address}/80", "dev", "br0", "nodad", "preferred_lft", "0")
                 if address == registered[-1]:
@@ -168,7 +168,7 @@ def test_lease_of_a_further_address_of_the_host_or_of_what_another_is_allowed_is
             bridge.introduce(attacker)
             rebind = dhcp6(bridge, attacker, scapy.DHCP6_Rebind, duid=own_duid(attacker), addresses=[*wanted])
             attacker.send(bytes(rebind))
-            if believed == script:
+            if script == credulous:
                 wait_for(lambda: len(given()) == 2, "addresses of both kinds")
         wait_for(lambda: bridge.log().count("has it") == len(wanted), "all of them told")
         assert bridge.log().count("this host has it") == 4 and not given()
