@@ -26,7 +26,6 @@ from attacks import (
     hearing,
     ip6,
     link_local,
-    rarp,
     scapy,
     send_until,
     solicited,
@@ -223,16 +222,6 @@ def test_frame_with_one_field_that_is_not_the_sender_s_is_dropped(bridge):
     bridge.guard(True)
     for reason, frame in frames:
         bridge.is_dropped(reason, attacker, frame)
-
-
-def test_frames_with_fields_of_the_sender_s_own_are_not_dropped(bridge):
-    attacker, own = bridge.registered, bridge.registry[bridge.registered.mac]["ipv4"]
-    frames = [arp(attacker, own, HOST4), arp(attacker, "0.0.0.0", own), advertised(attacker, OWN_LLA)]
-    frames += [bootp(attacker, "inform"), *(message6(attacker, kind) for kind in (1, 3, 4, 5, 11))]
-    bridge.guard(True)
-    attacker.send(*map(bytes, frames))
-    bridge.is_dropped("other protocol", attacker, rarp(attacker))  # what came before is done with
-    assert bridge.host.dropped(attacker.mac) == 1
 
 
 @pytest.mark.parametrize(("source", "destination"), [(67, 5000), (547, 5000), (5000, 68), (5000, 546)])
