@@ -45,6 +45,7 @@ PRIVATE = ["fe80::1", "fe80::a", "fe80::8099:e2ff:5d8a:32", "2001:67c:83::aa", "
 V6 = [*PRIVATE, "2001:67c:83::1", "fd83:5eed::17", "2001:67c:84::5", "2001:67c:99::7"]
 V6 += [made(prefix, who) for prefix in PREFIXES for who in "abv"]
 KINDS = {"discover": 1, "offer": 2, "request": 3, "ack": 5, "nak": 6, "inform": 8}  # of DHCP messages
+CHANGES = {"register": "add", "rename": "--rename", "remove": "--remove", "allow": "--allow"}  # steps of the registry
 ALLOWED = ("10.83.0.21", "10.83.0.22 2001:67c:83::bb", "10.99.0.0/24 2001:67c:99::/64", "")
 
 
@@ -83,13 +84,6 @@ def discovery(kind: int, target: str = "", who: str = "") -> tuple[int, bytes]:
 # ---- The bridge
 
 
-def module(path: Path):
-    """Return one of the two scripts as a module that prints nothing."""
-    result = load(path)
-    result.say = lambda *_: None
-    return result
-
-
 class Bridge(Host):
     """A guarded bridge with guests, uplinks, and a network outside, all with sockets."""
 
@@ -97,7 +91,8 @@ class Bridge(Host):
         super().__init__(folder, addresses=())
         self.text, self.sockets, self.ticks = self.example(str(rules.absolute())).read_text(), {}, 0
         self.br_netfilter(br_netfilter)
-        self.update_script, self.process_script = module(UPDATE), module(PROCESS)
+        self.update_script, self.process_script = load(UPDATE), load(PROCESS)
+        self.update_script.say = self.process_script.say = lambda *_: None
         os.environ |= {"INSTANCES_BASE_PATH": str(self.base), "INSTANCES_SLAAC": f"{PREFIXES[1]}/64"}
         for port in "abvuwo":
             mac, bridge = f"02:00:00:00:00:{ord(port):x}", "" if port == "o" else "br0"
@@ -181,7 +176,10 @@ class Trial:
         """Do steps until something is found; return after how many."""
         for number, step in enumerate(steps, 1):
             word, *rest = step.split()
-            getattr(self, f"do_{word}")(*rest)
+            if word in CHANGES:
+                self.bridge.change(CHANGES[word], MACS[rest[0]].hex(":"), *rest[1:])
+            else:
+                getattr(self, f"do_{word}")(*rest)
             if self.found:
                 self.found += f" ({step})"
                 return number
@@ -200,22 +198,10 @@ class Trial:
     def do_load(self) -> None:
         self.model.load(self.bridge.load())
 
-    def do_register(self, who: str, address: str) -> None:
-        self.bridge.change("add", MACS[who].hex(":"), address)
-
     def do_tell(self, who: str, address: str) -> None:
         """As dnsmasq tells of a lease."""
         mac = MACS[who].hex(":")
         self.bridge.change("add", mac, address, DNSMASQ_LEASE_EXPIRES="9", DNSMASQ_MAC=mac)
-
-    def do_rename(self, who: str, name: str) -> None:
-        self.bridge.change("--rename", MACS[who].hex(":"), name)
-
-    def do_remove(self, who: str) -> None:
-        self.bridge.change("--remove", MACS[who].hex(":"))
-
-    def do_allow(self, who: str, *addresses: str) -> None:
-        self.bridge.change("--allow", MACS[who].hex(":"), *addresses)
 
     def is_guest(self, who: str) -> bool:
         """Tell whether somebody is behind a port that is judged."""
