@@ -254,14 +254,6 @@ def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_guard(
     wait_for(lambda: all(f"RENEW6 {p}" in client.events() for p in ("2001", "fd83")), "a renewal over IPv6")
 
 
-def test_client_with_ipv6_only_gets_leases_behind_the_guard(bridge):
-    bridge.guard(True)
-    client = bridge.host.client("six", "10:66:6a:4c:a1:67")
-    client.dhcp6("six")
-    for address in (HOST6, bridge.own["ipv6_gua"]):
-        wait_for(lambda a=address: client.pings(a), f"a ping of {address}")
-
-
 def test_false_claim_makes_nobody_give_an_address_up(bridge, attacker):
     bridge.guard(False)
     wait_for(lambda: gives_up(attacker, bridge.victim, bridge.own["ipv6_gua"]), "a false claim that is believed")

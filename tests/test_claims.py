@@ -118,22 +118,6 @@ def test_false_detection_of_a_duplicate_makes_nobody_give_up_a_link_local_addres
         wait_for(lambda: gives_up(attacker, claimed.victim, CLAIMED), "a false claim that is believed")
 
 
-def test_registered_guest_may_send_all_from_a_private_link_local_address_and_a_newcomer_may_not(claimed):
-    """Multicast DNS, for one."""
-    victim, newcomer, own = claimed.victim, claimed.unregistered, f"{CLAIMED[:-2]}66"
-
-    def mdns(guest, source, text):
-        frame = datagram(guest, source, "ff02::fb", 5353, 5353) / text
-        frame.dst = "33:33:00:00:00:fb"
-        return frame
-
-    newcomer.send(bytes(advertised(newcomer, own)))
-    with hearing(claimed.registered, SNIFFER) as heard:
-        claimed.is_dropped_silently(newcomer, mdns(newcomer, own, "of the newcomer"))
-        send_until(lambda: b"of the guest".hex() in heard(), victim, mdns(victim, CLAIMED, "of the guest"))
-        assert b"of the newcomer".hex() not in heard()
-
-
 @pytest.fixture(scope="module")
 def router(bridge):
     """A router at the port up0."""
