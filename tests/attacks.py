@@ -50,7 +50,7 @@ class Guarded:
     whose kernels are silent, with leases and without."""
 
     def __init__(self, host: Host):
-        self.host = host
+        self.host, self.pause = host, contextlib.ExitStack()
         # The guard is there before the bridge, as after a boot
         Path(f"{host.base}.updated").touch()
         host.process()
@@ -82,7 +82,6 @@ class Guarded:
         self.settle()
         self.was, self.registry = self.leases.read_text(), host.registry()
         self.expected_state = self.state()
-        self.pause = contextlib.ExitStack()
         self.learned = re.findall(r"set (\w+) {(?=[^}]*dynamic)", self.expected_state[0])
         self.server_duid = octets(re.search("^duid (.*)$", self.was, re.MULTILINE)[1])
         rows = [line.split() for line in self.was.splitlines()]
@@ -92,6 +91,7 @@ class Guarded:
 
     def settle(self) -> None:
         """Do the service's work, so that it has none to do afterwards."""
+        self.pause.close()
         self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
 
     def change(self, *arguments: str) -> None:
@@ -115,6 +115,7 @@ class Guarded:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
         host, marker = self.host, Path(f"{self.host.base}.updated")
         host.stop_dnsmasq(at_once=True)
+        self.pause.close()
         with open(f"{marker}.service", "a") as service:
             fcntl.flock(service, fcntl.LOCK_EX)  # its own lock: it does nothing meanwhile
             self.expected = leases or self.was

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from attacks import (
-    EVERYONE,
     HOST4,
     HOST6,
     SNIFFER,
@@ -260,52 +259,12 @@ def test_guest_that_claims_without_end_keeps_nobody_out(bridge, attacker):
         pass
 
 
-@pytest.fixture(scope="module")
-def outside(bridge):
-    """A node that is reached through the host, by another of its interfaces."""
-    node = bridge.host.client("outside", "10:66:6a:4c:a1:99", port="out", bridge="")
-    node.run("ip", "address", "add", "10.84.0.2/24", "dev", "eth0")
-    bridge.host.run("ip", "address", "add", "10.84.0.1/24", "dev", "out")
-    return node
-
-
 def renewal(attacker, kind, source, destination, mac, chaddr=""):
     """Return a client's message from an address that it says to have, to one."""
     wanted = [("requested_addr", source)] if kind == "decline" else []
     frame = bootp(attacker, kind, ("server_id", HOST4), *wanted, chaddr=chaddr, ciaddr=source)
     frame.dst, frame[scapy.IP].src, frame[scapy.IP].dst = mac, source, destination
     return frame
-
-
-WAYS = {  # what: (to whom, by which MAC address, in whose name, the reason of its drop, "" if it is not counted)
-    "to another guest": ("guest", "guest", "own", ""),  # as a client asks its server
-    "to another guest, by all": ("guest", "all", "own", "IPv4 source"),
-    "to another guest, by the host": ("guest", "host", "own", "IPv4 source"),
-    "elsewhere": ("outside", "host", "own", "IPv4 source"),
-    "in another's name": ("guest", "guest", "other", "DHCP message"),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_renewal_from_another_s_address_goes_nowhere_but_to_the_host(bridge, outside, way):
-    attacker, host, (whom, by, name, reason) = bridge.unregistered, bridge.host, WAYS[way]
-    target, device = (bridge.registered, "br0") if whom == "guest" else (outside, "out")
-    address = bridge.registry[target.mac]["ipv4"] if whom == "guest" else "10.84.0.2"
-    mac = {"guest": target.mac, "all": EVERYONE, "host": HOST_MAC}[by]
-    chaddr = bridge.victim.mac if name == "other" else ""
-    frame = renewal(attacker, "request", bridge.own["ipv4"], address, mac, chaddr)
-    text = bytes(frame[scapy.UDP].payload).hex()[:200]
-    bridge.reset()
-    with hearing(target, SNIFFER) as heard:
-        if reason:
-            bridge.is_dropped(reason, attacker, frame)
-        else:
-            bridge.is_dropped_silently(attacker, frame)
-        assert attacker.mac not in host.neighbour(bridge.own["ipv4"])
-        assert text not in heard()
-        host.run("ip", "neighbour", "replace", address, "lladdr", target.mac, "dev", device)
-        host.run("nft", "insert rule bridge instances instances_guard accept; flush chain bridge instances at_forward")
-        send_until(lambda: text in heard(), attacker, frame)
 
 
 @pytest.mark.parametrize("kind", ["request", "inform", "decline", "release"])
