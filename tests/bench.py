@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import scapy.all as scapy
 from conftest import load
-from lab import PROCESS, UPDATE, Host, environment, process_file, wait_for
+from lab import PROCESS, UPDATE, Host, environment, process_file, run, wait_for
 
 SIZES = (1, 100, 1_000, 10_000)
 PAIRS = 20
@@ -41,12 +42,10 @@ print((time.process_time() - begin) / count * 1e6)
 
 
 def mac(number: int) -> str:
-    """Return the MAC address of an instance."""
     return f"10:66:6a:00:{number >> 8:02x}:{number & 255:02x}"
 
 
 def ipv4(number: int, network: int = 83) -> str:
-    """Return the IPv4 address of an instance."""
     return f"10.{network}.{number >> 8}.{number & 255}"
 
 
@@ -77,8 +76,7 @@ def peak_memory(command: list, env: dict) -> str:
     """Run a command below a small parent, whose memory counts at first; return the most that it had."""
     code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stderr=-3); "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)"
-    result = subprocess.run([*PYTHON, "-c", code, *command], env=env, capture_output=True, text=True)
-    return f"{result.stdout.strip()} MiB at the most"
+    return f"{run(*PYTHON, '-c', code, *command, env=env).stdout.strip()} MiB at the most"
 
 
 def show(what: str, size: int | str, ours: str, other: str, ratio: float | str, note: str = "") -> None:
@@ -109,7 +107,6 @@ def rows(what: str, folder: Path, commands, marker: bool = False) -> None:
 
 
 def measure_scripts(folder: Path) -> None:
-    """Measure the runs of the two scripts."""
     for size in SIZES:
         write_registry(folder / str(size), size)
     layouts = folder / "jq"
@@ -117,20 +114,26 @@ def measure_scripts(folder: Path) -> None:
     for size in SIZES:  # also as jq writes it, with notes
         registry = json.loads((folder / f"{size}.json").read_text())
         registry[mac(0)] |= {"note": "für } {", "tags": ["a", {"b": "c"}]}
-        text = subprocess.run(
-            ["jq", "."], input=json.dumps(registry), capture_output=True, text=True, check=True
-        ).stdout
-        (layouts / f"{size}.json").write_text(text)
+        (layouts / f"{size}.json").write_text(run("jq", ".", input=json.dumps(registry)).stdout)
+
+    def old(n: int, *networks: int) -> list:
+        return [[UPDATE, "old", mac(n), ipv4(n, network)] for network in networks]
+
     row("ignored action (`del`)", folder / "10000", [UPDATE, "del", mac(1), ipv4(1)])
-    rows("registered lease (`old`)", folder, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
-    rows("… in a registry with notes as jq writes it", layouts, lambda n: [[UPDATE, "old", mac(n // 2), ipv4(n // 2)]])
+    rows("registered lease (`old`)", folder, lambda n: old(n // 2, 83))
+    rows("… in a registry with notes as jq writes it", layouts, lambda n: old(n // 2, 83))
     row("processor without a marker", folder / "10000", [PROCESS])
     rows("processor with a marker", folder, lambda n: [[PROCESS]], marker=True)
-    rows(
-        "lease that changes an address",
-        folder,
-        lambda n: [[UPDATE, "old", mac(n), ipv4(n, network)] for network in (98, 99)],
-    )
+    rows("lease that changes an address", folder, lambda n: old(n, 98, 99))
+
+
+@contextmanager
+def registered(folder: Path, size: int, addresses: tuple = ("10.83.0.1/16",)):
+    """Give a host with so many instances in its registry."""
+    (folder / str(size)).mkdir()
+    with closing(Host(folder / str(size), addresses)) as host:
+        write_registry(host.base, size)
+        yield host
 
 
 def measure_restart(folder: Path) -> None:
@@ -138,30 +141,22 @@ def measure_restart(folder: Path) -> None:
 
     Registering these two shows that all are done, whichever way dnsmasq goes through them.
     """
-    host, count = Host(folder, ("10.83.0.1/16",)), 1000
-    try:
-        write_registry(host.base, count - 1)
+    count = 1000
+    with registered(folder, count - 1) as host:
         registry = host.registry()
         del registry[mac(0)]
         Path(f"{host.base}.json").write_text(UPDATE_MODULE.registry_text(registry))
         expiry = int(time.time()) + 86400
         leases = "".join(f"{expiry} {mac(n)} {ipv4(n)} web-{n} *\n" for n in range(count))
-        (folder / "leases").write_text(leases.replace(ipv4(0), ipv4(2000)))
+        (host.folder / "leases").write_text(leases.replace(ipv4(0), ipv4(2000)))
         begin = time.perf_counter()
         host.start_dnsmasq("10.83.0.0,10.83.255.254,255.255.0.0")
         ends = {mac(0), mac(count - 1)}
         wait_for(lambda: ends <= host.registry().keys(), "the last lease", 120)
         restart = time.perf_counter() - begin
         bare = sum(timed(BARE, environment(host.base)) for _ in range(count)) / 1000
-        show(
-            "dnsmasq restart with 1,000 registered leases",
-            "1,000",
-            f"{restart:.1f} s",
-            f"{bare:.1f} s",
-            restart / bare,
-        )
-    finally:
-        host.close()
+        what, both = "dnsmasq restart with 1,000 registered leases", (f"{restart:.1f} s", f"{bare:.1f} s")
+        show(what, f"{count:,}", *both, restart / bare)
 
 
 def frames(sender: str, receiver: str) -> dict[str, str]:
@@ -188,8 +183,7 @@ def measure_frames(folder: Path) -> dict:
 
     Return how many times as much as with empty chains a frame of IPv4 TCP costs: {(what, number of instances): ratio}.
     """
-    host = Host(folder)
-    try:
+    with closing(Host(folder)) as host:
         sender, receiver, *_ = (host.client(f"port{number}", mac(number)) for number in range(4))
         files = {"empty": folder / "empty.nft"}
         guard = host.example("nftables/bridge.nft").read_text()
@@ -226,8 +220,6 @@ def measure_frames(folder: Path) -> dict:
             growth = ratios["bridge.nft", 10_000] / ratios["bridge.nft", 1]
             show("… growth of bridge.nft", "1 to 10,000", "", "", growth)
         return pictured
-    finally:
-        host.close()
 
 
 SVG = """\
@@ -269,12 +261,9 @@ def picture(ratios: dict) -> str:
 
 
 def measure_loading(folder: Path) -> None:
-    """Measure the loading of the whole guard."""
-    host = Host(folder)
-    try:
-        write_registry(host.base, 10_000)
+    with registered(folder, 10_000) as host:
         timed([*PYTHON, PROCESS, "-f"], environment(host.base))
-        ours, one_a_rule = host.example("nftables/bridge.nft"), folder / "rules.nft"
+        ours, one_a_rule = host.example("nftables/bridge.nft"), host.folder / "rules.nft"
         one_a_rule.write_text(rule_an_address(10_000))
         times = {file: [] for file in (ours, one_a_rule)}
         for _ in range(5):
@@ -283,8 +272,6 @@ def measure_loading(folder: Path) -> None:
         ours, rules = (statistics.median(elapsed) for elapsed in times.values())
         what = "`nft -f bridge.nft` / of a rule per address"
         show(what, "10,000", f"{ours:.0f} ms", f"{rules:.0f} ms", ours / rules)
-    finally:
-        host.close()
 
 
 def rule_an_address(count: int) -> str:
@@ -303,10 +290,7 @@ def rule_an_address(count: int) -> str:
 def measure_way_in(folder: Path) -> None:
     """Measure from a client's DHCPACK to its first answered ping, while nothing puts the registry in force."""
     for size in (1, 1_000, 10_000):
-        (folder / str(size)).mkdir()
-        host = Host(folder / str(size), ("10.84.0.1/24",))
-        try:
-            write_registry(host.base, size)
+        with registered(folder, size, ("10.84.0.1/24",)) as host:
             host.update("--initialize", "br0", "host")
             host.process()
             host.run("nft", "-f", host.example("nftables/bridge.nft"))
@@ -318,17 +302,12 @@ def measure_way_in(folder: Path) -> None:
             answered = float(re.search(r"^\[(.*?)\] 64 bytes", pings, re.MULTILINE)[1])
             bound = Path(f"{client.script}.log").stat().st_mtime
             show("from DHCPACK to the first answered ping", f"{size:,}", f"{answered - bound:.3f} s", "", "")
-        finally:
-            host.close()
 
 
 def measure_applying(folder: Path) -> None:
     """Measure a change of one address, until it is in the guard and dnsmasq has its name, beside a load of it all."""
     for size in SIZES[1:]:
-        (folder / str(size)).mkdir()
-        host = Host(folder / str(size), ("10.83.0.1/16",))
-        try:
-            write_registry(host.base, size)
+        with registered(folder, size) as host:
             (host.folder / "rules").mkdir()
             guard = host.example("nftables/bridge.nft").rename(host.folder / "rules" / "bridge.nft")
             host.write_settings()
@@ -359,8 +338,6 @@ def measure_applying(folder: Path) -> None:
             show(what, f"{size:,}", ours, other, ratio, note)
             ours, other = f"{medians['nothing'] * 1000:.0f} ms", f"{medians['bare'] * 1000:.0f} ms"
             show("instances-apply, nothing changed", f"{size:,}", ours, other, medians["nothing"] / medians["bare"])
-        finally:
-            host.close()
 
 
 def processor_time(pid: int) -> float:
@@ -370,24 +347,17 @@ def processor_time(pid: int) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, or make the picture."""
     if arguments[:1] == ["--svg"] and len(arguments) == 2:
         with tempfile.TemporaryDirectory() as name:
             Path(arguments[1]).write_text(picture(measure_frames(Path(name))))
         return
-    nft = subprocess.run(["nft", "--version"], capture_output=True, text=True).stdout.split()[1]
+    nft = run("nft", "--version").stdout.split()[1]
     python = f"Python {platform.python_version()}, filelock {version('filelock')}"
     print(f"{python}, nftables {nft}, Linux {platform.release()}, {os.cpu_count()} CPUs\n")
     print("| what | instances | ours | bare Python or other | ratio | |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
-        for measure in (
-            measure_scripts,
-            measure_restart,
-            measure_frames,
-            measure_loading,
-            measure_applying,
-            measure_way_in,
-        ):
+        measures = (measure_scripts, measure_restart, measure_frames, measure_loading, measure_applying, measure_way_in)
+        for measure in measures:
             folder = Path(name) / measure.__name__
             folder.mkdir()
             measure(folder)

@@ -120,15 +120,21 @@ def check_nft(base):
 
 @pytest.fixture(scope="module")
 def bridge(tmp_path_factory):
-    """A guarded bridge with a victim and two silent attackers. What tests do to it, reset() undoes."""
+    """A guarded bridge with a victim, a bystander and two silent attackers. What tests do to it, reset() undoes."""
     from attacks import Guarded  # needs scapy
 
     need(*PROGRAMS)
-    host = Host(tmp_path_factory.mktemp("bridge"))
+    host = Host(tmp_path_factory.mktemp("bridge"), bridge=False)
     try:
         yield Guarded(host)
     finally:
         host.close()
+
+
+@pytest.fixture(params=["registered", "unregistered"])
+def attacker(request, bridge):
+    """One of the bridge's attackers: who has leases of its own, and who is not registered."""
+    return getattr(bridge, request.param)
 
 
 @pytest.fixture

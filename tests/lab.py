@@ -307,6 +307,11 @@ class Client(Namespace):
         """Tell whether an address answers."""
         return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
+    def wait_pings(self, *addresses: str) -> None:
+        """Wait until each of these addresses has answered."""
+        for address in addresses:
+            wait_for(lambda a=address: self.pings(a), f"a ping of {address} from {self.label}")
+
     def send(self, *frames: bytes, ring: bool = False) -> None:
         """Put frames on the interface; return when they are sent. By a ring, all behind the first header lies apart."""
         code, pipes = RING if ring else SOCKET, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

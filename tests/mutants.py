@@ -17,38 +17,35 @@ TOP = Path(__file__).parent.parent
 CHAINS, UPDATE = "instances-process.py", "instances-update.py"
 RULES, DNSMASQ = "nftables/bridge.nft", "dnsmasq/br0.conf"  # of examples
 SAME = "@ll,48,24 . @ll,72,24 . @th,288,24 . @th,312,24 \\\\\n        @instances_same_mac return"
-CACHE = "bridge::test_neighbour_cache_is_not_poisoned"
+CACHE = "bridge::test_neighbour_cache_is_not_poisoned[registered-host]"
 LEASE = "identity::test_messages_in_the_name_of_another_are_dropped"
 # (promise, file, text, its replacement, the test that must fail)
 MUTANTS = [
     # Nobody is let in
     ("ARP", CHAINS, "@nh,112,32 @instances_taken goto instances_reason_arp_address",
-     "@nh,112,32 @instances_taken return",
-     f"{CACHE}[ARP reply-host-registered]"),
-    ("advertisements", CHAINS, "    icmpv6 type nd-neighbor-advert jump instances_drop_ndp\n", "",
-     f"{CACHE}[advertisement-host-registered]"),
+     "@nh,112,32 @instances_taken return", CACHE),
+    ("advertisements", CHAINS, "    icmpv6 type nd-neighbor-advert jump instances_drop_ndp\n", "", CACHE),
     ("advertisements behind options", CHAINS, "@th,64,128 . ether saddr @instances_ip6 return\n    @th,64,64",
-     "@nh,384,128 . ether saddr @instances_ip6 return\n    @th,64,64",
-     f"{CACHE}[advertisement behind destination options-host-registered]"),
+     "@nh,384,128 . ether saddr @instances_ip6 return\n    @th,64,64", CACHE),
     ("IPv6 sources", CHAINS, "@nh,64,128 @instances_taken6 goto instances_reason_ipv6_source\n    goto",
-     "@nh,64,128 @instances_taken6 return\n    goto", f"{CACHE}[solicitation-host-registered]"),
+     "@nh,64,128 @instances_taken6 return\n    goto", CACHE),
     ("IPv4 sources", CHAINS, "@nh,96,32 @instances_taken goto instances_reason_ipv4_source",
      "@nh,96,32 @instances_taken return",
-     "bridge::test_datagram_from_a_forged_source_does_not_arrive[10-host-registered]"),
+     "bridge::test_datagram_from_a_forged_source_does_not_arrive[registered-host-ipv4]"),
     ("router advertisements", CHAINS, "{ nd-router-advert, nd-redirect } goto", "{ nd-redirect } goto",
      "bridge::test_router_advertisement_makes_no_route[registered]"),
     ("redirects", CHAINS, "{ nd-router-advert, nd-redirect } goto", "{ nd-router-advert } goto",
      "bridge::test_redirect_changes_no_route[registered]"),
     ("DHCP servers, to the client's port", CHAINS, "    udp dport { 68, 546 } goto instances_reason_dhcp_server\n", "",
-     "bridge::test_rogue_server_gives_no_lease[registered-ports1]"),
+     "bridge::test_rogue_server_gives_no_lease[bystander]"),
     ("DHCP servers, from theirs", CHAINS, "    udp sport { 67, 547 } goto instances_reason_dhcp_server\n", "",
-     "bridge::test_datagram_from_or_to_a_port_of_dhcp_servers_or_clients_is_dropped[10-67-5000]"),
+     "bridge::test_datagram_from_or_to_a_port_of_dhcp_servers_or_clients_is_dropped[ipv4-67-5000]"),
     ("duplicate address detection", CHAINS, "ip6 saddr :: icmpv6 type nd-neighbor-solicit goto instances_drop_ndp",
      "ip6 saddr :: icmpv6 type nd-neighbor-solicit return",
      "bridge::test_false_claim_makes_nobody_give_an_address_up[registered]"),
     ("first come, first served", CHAINS, "@th,64,128 @instances_claimed goto instances_reason_ndp_target",
      "@th,64,128 @instances_claimed return",
-     "claims::test_link_local_address_is_its_first_sender_s[advertisement-registered]"),
+     "claims::test_link_local_address_is_its_first_sender_s[registered-advertisement]"),
     ("claims without end", CHAINS, "10/hour burst 50 packets", "1000/second burst 5000 packets",
      "claims::test_guest_that_claims_without_end_keeps_nobody_out[registered]"),
     ("addresses behind an uplink", RULES,
@@ -88,7 +85,7 @@ MUTANTS = [
     ("Release", CHAINS, "{ 1, 3, 4, 5, 11 }", "{ 1, 3, 4, 5, 8, 11 }", f"{LEASE}[registered]"),
     ("an address that two share", CHAINS, "@nh,64,64 0xfe80000000000000 @th,64,8", "@th,64,8", f"{LEASE}[registered]"),
     ("DUIDs", UPDATE, 'kept += holders if kind != "add" or field != "ipv4" else []', "pass",
-     "identity::test_lease_of_an_address_of_another_is_not_registered[Request-registered]"),
+     "identity::test_lease_of_an_address_of_another_is_not_registered[registered-Request]"),
     ("link-layer address options", CHAINS,
      "    icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } jump instances_drop_lladdr\n", "",
      "identity::test_link_layer_option_with_the_address_of_another_is_not_believed[registered]"),
@@ -112,9 +109,9 @@ MUTANTS = [
     ("headers behind a fragment header", CHAINS, "frag nexthdr { 0, 43, 44, 51, 60 } goto", "frag nexthdr 255 goto",
      "frames::test_reply_behind_options_in_fragments_gives_no_lease[UDP]"),
     ("multicast queries", CHAINS, "{ mld-listener-query, 151,", "{ 151,",
-     "frames::test_guest_that_speaks_as_a_multicast_router_is_not_believed[IPv6]"),
+     "frames::test_guest_that_speaks_as_a_multicast_router_is_not_believed"),
     ("tags", CHAINS, "    goto instances_reason_other_protocol\n}", "    return\n}",
-     "frames::test_guest_that_speaks_as_a_multicast_router_is_not_believed[behind a VLAN tag]"),
+     "frames::test_guest_that_speaks_as_a_multicast_router_is_not_believed"),
     ("IPv4 of another version", CHAINS, "    meta protocol { ip, ip6 } goto instances_reason_malformed\n", "",
      "frames::test_reply_in_ipv4_that_nftables_cannot_parse_gives_no_lease"),
     # Nothing lost

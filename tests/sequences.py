@@ -13,9 +13,7 @@ need:
 sequences_model.py is the model: it knows the policy, and no rule. Exit status: 1 if anything was found, else 0.
 """
 
-import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -23,20 +21,18 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from fuzz import Bed, inside, packet_socket, unlimited
-from fuzz_frames import seal, udp
-from fuzz_judge import ADVERT, ICMP6, ROUTER_ADVERT, ROUTER_SOLICIT, SOLICIT, checksum
-from lab import EXAMPLES, OPEN, PROCESS, UPDATE, Host, Namespace
+from conftest import load
+from fuzz import Bed, frame4, frame6, inside, on_one_processor, options_parser, packet_socket, unlimited
+from fuzz_judge import ADVERT, EVERYONE, ICMP6, ROUTER_ADVERT, ROUTER_SOLICIT, SOLICIT, udp
+from lab import PROCESS, UPDATE, Host
 from sequences_model import MACS, MAYBE, NO, PREFIXES, SLACK, YES, Model, Now, is_claimed, made, packed
 
 PORTS = {"h": "h", "a": "a", "b": "b", "v": "v", "r": "u", "l": "w"}  # where each is at first
 UPLINKS = ("u", "w")
-EVERYONE, GROUP = b"\xff" * 6, bytes.fromhex("333300000001")
 REGISTRY = {
     "h": {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_lla": "fe80::8099:e2ff:5d8a:32"},
     "a": {"name": "a", "ipv4": "10.83.0.10", "ipv6_gua": "2001:67c:83::10", "ipv6_lla": made("fe80::", "a")},
@@ -49,6 +45,7 @@ PRIVATE = ["fe80::1", "fe80::a", "fe80::8099:e2ff:5d8a:32", "2001:67c:83::aa", "
 V6 = [*PRIVATE, "2001:67c:83::1", "fd83:5eed::17", "2001:67c:84::5", "2001:67c:99::7"]
 V6 += [made(prefix, who) for prefix in PREFIXES for who in "abv"]
 KINDS = {"discover": 1, "offer": 2, "request": 3, "ack": 5, "nak": 6, "inform": 8}  # of DHCP messages
+CHANGES = {"register": "add", "rename": "--rename", "remove": "--remove", "allow": "--allow"}  # steps of the registry
 ALLOWED = ("10.83.0.21", "10.83.0.22 2001:67c:83::bb", "10.99.0.0/24 2001:67c:99::/64", "")
 
 
@@ -56,19 +53,11 @@ ALLOWED = ("10.83.0.21", "10.83.0.22 2001:67c:83::bb", "10.99.0.0/24 2001:67c:99
 
 
 def ip4(who: str, source: str, target: str, layer: tuple[int, bytes], to: bytes = EVERYONE) -> bytes:
-    """Return a frame with IPv4."""
-    (protocol, data), ends = layer, packed(source) + packed(target)
-    data = seal(protocol, ends[:4], ends[4:], data)
-    head = struct.pack("!BxHHHBB", 0x45, 20 + len(data), 0, 0, 64, protocol)
-    head += struct.pack("!H", checksum(head + ends)) + ends
-    return to + MACS[who] + b"\x08\0" + head + data
+    return frame4(to, MACS[who], packed(source), packed(target), layer)
 
 
 def ip6(who: str, source: str, layer: tuple[int, bytes], hops: int = 255, target: str = "ff02::1") -> bytes:
-    """Return a frame with IPv6, to all."""
-    (protocol, data), ends = layer, packed(source) + packed(target)
-    data = seal(protocol, ends[:16], ends[16:], data)
-    return GROUP + MACS[who] + b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, len(data), protocol, hops) + ends + data
+    return frame6(MACS[who], packed(source), packed(target), layer, hops)
 
 
 def arp(who: str, address: str, named: str = "", target: str = "10.83.0.1") -> bytes:
@@ -95,15 +84,6 @@ def discovery(kind: int, target: str = "", who: str = "") -> tuple[int, bytes]:
 # ---- The bridge
 
 
-def module(path: Path):
-    """Return one of the two scripts as a module that prints nothing."""
-    spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
-    result = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(result)
-    result.say = lambda *_: None
-    return result
-
-
 class Bridge(Host):
     """A guarded bridge with guests, uplinks, and a network outside, all with sockets."""
 
@@ -111,7 +91,8 @@ class Bridge(Host):
         super().__init__(folder, addresses=())
         self.text, self.sockets, self.ticks = self.example(str(rules.absolute())).read_text(), {}, 0
         self.br_netfilter(br_netfilter)
-        self.update_script, self.process_script = module(UPDATE), module(PROCESS)
+        self.update_script, self.process_script = load(UPDATE), load(PROCESS)
+        self.update_script.say = self.process_script.say = lambda *_: None
         os.environ |= {"INSTANCES_BASE_PATH": str(self.base), "INSTANCES_SLAAC": f"{PREFIXES[1]}/64"}
         for port in "abvuwo":
             mac, bridge = f"02:00:00:00:00:{ord(port):x}", "" if port == "o" else "br0"
@@ -135,7 +116,6 @@ class Bridge(Host):
             self.sockets["h"] = packet_socket("br0", 3)
 
     def nft(self, text: str) -> None:
-        """Have nft do what a text says."""
         with inside(self.name):
             done = subprocess.run(["nft", "-f", "-"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -196,7 +176,10 @@ class Trial:
         """Do steps until something is found; return after how many."""
         for number, step in enumerate(steps, 1):
             word, *rest = step.split()
-            getattr(self, f"do_{word}")(*rest)
+            if word in CHANGES:
+                self.bridge.change(CHANGES[word], MACS[rest[0]].hex(":"), *rest[1:])
+            else:
+                getattr(self, f"do_{word}")(*rest)
             if self.found:
                 self.found += f" ({step})"
                 return number
@@ -215,22 +198,10 @@ class Trial:
     def do_load(self) -> None:
         self.model.load(self.bridge.load())
 
-    def do_register(self, who: str, address: str) -> None:
-        self.bridge.change("add", MACS[who].hex(":"), address)
-
     def do_tell(self, who: str, address: str) -> None:
         """As dnsmasq tells of a lease."""
         mac = MACS[who].hex(":")
         self.bridge.change("add", mac, address, DNSMASQ_LEASE_EXPIRES="9", DNSMASQ_MAC=mac)
-
-    def do_rename(self, who: str, name: str) -> None:
-        self.bridge.change("--rename", MACS[who].hex(":"), name)
-
-    def do_remove(self, who: str) -> None:
-        self.bridge.change("--remove", MACS[who].hex(":"))
-
-    def do_allow(self, who: str, *addresses: str) -> None:
-        self.bridge.change("--allow", MACS[who].hex(":"), *addresses)
 
     def is_guest(self, who: str) -> bool:
         """Tell whether somebody is behind a port that is judged."""
@@ -273,7 +244,6 @@ class Trial:
         self.send(who, frame, lambda now: self.model.may_send(who, address, now, False))
 
     def servers(self) -> tuple:
-        """Return where DHCP servers are."""
         return ("h", "u") if self.model.server == "u" else ("h",)
 
     def do_ask(self, who: str, kind: str) -> None:
@@ -428,27 +398,16 @@ def try_out(bridge: Bridge, steps: list[str]) -> Counter:
 
 
 def main() -> int:
-    """Run; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
-    parser.add_argument("--br-netfilter", type=int, choices=(0, 1), default=0)
-    parser.add_argument("--rules", type=Path, default=EXAMPLES / "nftables" / "bridge.nft", metavar="FILE")
     parser.add_argument("--again", metavar="STEPS")
     options = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # on one processor what is sent first arrives first
     count, end = Counter(), time.monotonic() + options.seconds
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            bridge = Bridge(Path(folder), options.rules, bool(options.br_netfilter))
-            while time.monotonic() < end:
-                steps = sequence(f"{options.seed}/{count['sequences']}", 70)
-                count += try_out(bridge, options.again.split("; ") if options.again else steps)
-                if options.again:
-                    break
-        finally:
-            for namespace in reversed(OPEN.copy()):
-                Namespace.close(namespace)
+    with on_one_processor() as folder:
+        bridge = Bridge(folder, options.rules, bool(options.br_netfilter))
+        while time.monotonic() < end and not (options.again and count):
+            steps = sequence(f"{options.seed}/{count['sequences']}", 70)
+            count += try_out(bridge, options.again.split("; ") if options.again else steps)
     print(", ".join(f"{count[name]} {name}" for name in ("sequences", "frames", "needed", "forbidden")), end=", ")
     print(f"{count['violation']} violations, {count['false drop']} false drops, seed {options.seed}")
     return int(count["violation"] + count["false drop"] > 0)

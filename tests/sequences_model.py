@@ -7,6 +7,9 @@ times for each entry: it is there until the first, and it is not there after the
 from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
+from fuzz_judge import eui64
+from fuzz_judge import ip as packed
+
 MACS = {
     who: bytes.fromhex(f"10666a4ca1{end}") for who, end in zip("habvrlc", ("fe", "0a", "0b", "11", "01", "02", "15"))
 }
@@ -23,15 +26,9 @@ class Now(NamedTuple):
     end: float
 
 
-def packed(text: str) -> bytes:
-    """Return an IP address as bytes."""
-    return ip_address(text).packed
-
-
 def made(prefix: str, who: str) -> str:
     """Return the address made from somebody's MAC address (RFC 4291, appendix A)."""
-    mac = MACS[who]
-    return str(ip_address(packed(prefix)[:8] + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]))
+    return str(ip_address(eui64(MACS[who], packed(prefix)[:8])))
 
 
 def is_claimed(address: str) -> bool:

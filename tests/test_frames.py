@@ -1,6 +1,7 @@
 """Frames that no system sends by itself, and what they do where the rule against them is taken out of the guard.
 
-br_netfilter straightens frames before the guard sees them, so it is off here.
+br_netfilter straightens frames before the guard sees them, so it is off here. That later fragments which look like DHCP
+arrive is in test_fuzz.py.
 """
 
 import contextlib
@@ -14,15 +15,21 @@ from attacks import (
     HOST6,
     NODES,
     SNIFFER,
+    advertised,
+    arp,
     bootp,
     datagram,
     dhcp6,
     hearing,
     igmp,
+    ip6,
     link_local,
     octets,
     own_duid,
     scapy,
+    send_until,
+    solicited,
+    tagged,
 )
 from lab import wait_for
 
@@ -58,10 +65,9 @@ def split(packet, length, trailer=b""):
 @pytest.mark.parametrize("kind", ["datagram", "ARP"])
 def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind):
     attacker, host, forged = bridge.unregistered, bridge.host, bridge.own["ipv4"]
-    chain = "arp instances_group input" if kind == "ARP" else "inet instances_group prerouting"
-    frame = datagram(attacker, forged, HOST4) / b"forged"
+    chain, frame = "inet instances_group prerouting", datagram(attacker, forged, HOST4) / b"forged"
     if kind == "ARP":
-        frame = scapy.Ether(src=attacker.mac) / scapy.ARP(hwsrc=attacker.mac, psrc=forged, pdst=HOST4)
+        chain, frame = "arp instances_group input", arp(attacker, forged, HOST4)
     frame.dst = LLDP
     host.run("ip", "neighbour", "flush", "dev", attacker.port)
     with hearing(host) as heard:
@@ -75,15 +81,15 @@ def test_frame_to_a_group_of_the_link_does_not_reach_the_host(bridge, kind):
         wait_for(lambda: host.counted(chain) > before, "its drop")
         assert not arrived()
         with bridge.without(chain):
-            wait_for(lambda: attacker.send(bytes(frame)) or arrived(), "an effect without the rule")
+            send_until(arrived, attacker, frame)
 
 
 def test_solicitation_to_a_group_of_the_link_makes_nobody_another(bridge):
     """dnsmasq takes the MAC address of an IPv6 client from any of the host's neighbour caches."""
     attacker, host = bridge.unregistered, bridge.host
     port = host.run("sh", "-c", f"ip -6 -o address show dev {attacker.port} scope link").stdout.split()[3].split("/")[0]
-    ip = scapy.Ether(src=attacker.mac, dst=LLDP) / scapy.IPv6(src=link_local(attacker.mac), dst=port, hlim=255)
-    frame = ip / scapy.ICMPv6ND_NS(tgt=port) / scapy.ICMPv6NDOptSrcLLAddr(lladdr=bridge.victim.mac)
+    frame = solicited(attacker, link_local(attacker.mac), LLDP, port)
+    frame[scapy.ICMPv6NDOptSrcLLAddr].lladdr = bridge.victim.mac
     lease = bytes(dhcp6(bridge, attacker, scapy.DHCP6_Request, duid=own_duid(attacker), addresses=[]))
     before = host.counted("inet instances_group prerouting")
     attacker.send(bytes(frame))
@@ -96,8 +102,7 @@ def test_solicitation_to_a_group_of_the_link_makes_nobody_another(bridge):
 
 def test_advertisement_in_two_pieces_of_memory_is_not_believed(bridge):
     attacker, host, stolen = bridge.registered, bridge.host, bridge.addresses6[0]
-    ip = scapy.Ether(src=attacker.mac, dst=host.mac) / scapy.IPv6(src=link_local(attacker.mac), dst=HOST6, hlim=255)
-    frame = ip / scapy.ICMPv6ND_NA(tgt=stolen, R=0, S=1, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=attacker.mac)
+    frame = advertised(attacker, stolen, host.mac, HOST6)
 
     def learn():
         host.run("ip", "neighbour", "flush", "dev", "br0")
@@ -107,8 +112,7 @@ def test_advertisement_in_two_pieces_of_memory_is_not_believed(bridge):
     with bridge.without("before"):
         bridge.is_dropped("NDP target", attacker, frame)  # in one piece
         assert host.neighbour(stolen) == bridge.victim.mac
-        poisoned = "the victim's address to be the attacker's"
-        wait_for(lambda: attacker.send(bytes(frame), ring=True) or host.neighbour(stolen) == attacker.mac, poisoned)
+        send_until(lambda: host.neighbour(stolen) == attacker.mac, attacker, frame, ring=True)
     learn()
     bridge.is_dropped("NDP target", attacker, frame, ring=True)
     assert host.neighbour(stolen) == bridge.victim.mac
@@ -127,7 +131,7 @@ def test_release_in_fragments_with_another_message_behind_the_first_ends_no_leas
     bridge.is_dropped("malformed", attacker, *frames, some=1)
     assert not bridge.harm(attacker)
     with bridge.without("instances_drop_dhcp", rule):
-        wait_for(lambda: attacker.send(*map(bytes, frames)) or bridge.harm(attacker), "the end of the victim's lease")
+        send_until(lambda: bridge.harm(attacker), attacker, *frames)
 
 
 @contextlib.contextmanager
@@ -154,16 +158,13 @@ def joining(bridge, start):
 
 def replies6(attacker, asked, address):
     """Return a server's answers to a DHCPv6 message."""
-    mine = scapy.Ether(src=attacker.mac, dst=asked.src) / scapy.IPv6(
-        src=link_local(attacker.mac), dst=asked[scapy.IPv6].src
-    )
     lease = [scapy.DHCP6OptIAAddress(addr=address, preflft=99, validlft=99)]
     options = scapy.DHCP6OptServerId(duid=scapy.Raw(own_duid(attacker))) / scapy.DHCP6OptPref(prefval=255)
     options /= scapy.DHCP6OptClientId(duid=asked[scapy.DHCP6OptClientId].duid)
     options /= scapy.DHCP6OptIA_NA(iaid=asked[scapy.DHCP6OptIA_NA].iaid, ianaopts=lease)
     kind = scapy.DHCP6_Advertise if scapy.DHCP6_Solicit in asked else scapy.DHCP6_Reply
-    datagram = scapy.UDP(sport=547, dport=546) / kind(trid=asked[scapy.UDP].payload.trid) / options
-    return mine, datagram
+    reply = scapy.UDP(sport=547, dport=546) / kind(trid=asked[scapy.UDP].payload.trid) / options
+    return ip6(attacker, asked.src, asked[scapy.IPv6].src), reply
 
 
 @pytest.mark.parametrize("disguise", ["UDP", "TCP"])
@@ -172,20 +173,19 @@ def test_reply_behind_options_in_fragments_gives_no_lease(bridge, disguise):
     attacker, host, address = bridge.registered, bridge.host, "2001:67c:83::bad"
     upper = scapy.UDP(sport=5000, dport=5000) if disguise == "UDP" else scapy.TCP()
     trailer = bytes(scapy.IPv6ExtHdrDestOpt() / upper)
-    rule = "exthdr frag exists frag nexthdr"
     with joining(bridge, lambda client: client.start_dhcp6()) as (client, last):
 
         def answer():
-            ip, datagram = replies6(attacker, last(), address)
+            ip, reply = replies6(attacker, last(), address)
             options = scapy.IPv6ExtHdrDestOpt(nh=60) / scapy.IPv6ExtHdrDestOpt(nh=17)
-            attacker.send(*map(bytes, split(ip / options / datagram, 8, trailer)))
+            attacker.send(*map(bytes, split(ip / options / reply, 8, trailer)))
 
         before = host.dropped(attacker.mac, "malformed")
         for _ in range(3):
             answer()
         wait_for(lambda: host.dropped(attacker.mac, "malformed") >= before + 3, "drops")
         assert "BOUND6" not in client.events()
-        with bridge.without("instances_drop_rogue", rule):
+        with bridge.without("instances_drop_rogue", "exthdr frag exists frag nexthdr"):
             wait_for(lambda: answer() or f"BOUND6 {address}" in client.events(), "the attacker's lease")
 
 
@@ -215,105 +215,53 @@ def test_reply_in_ipv4_that_nftables_cannot_parse_gives_no_lease(bridge):
             leases = client.folder / "leases4"
             return leases.exists() and f"fixed-address {address};" in leases.read_text()
 
-        rule = "meta protocol { ip, ip6 } goto"
         before = host.dropped(attacker.mac, "malformed")
         answer()
         wait_for(lambda: host.dropped(attacker.mac, "malformed") >= before + 2, "drops")
         assert not leased()
-        with bridge.without("instances_drop_rogue", rule):
+        with bridge.without("instances_drop_rogue", "meta protocol { ip, ip6 } goto"):
             wait_for(lambda: answer() or leased(), "the attacker's lease")
 
 
-def query(attacker, source, kind):
-    """Return a message that only a multicast router sends, of IPv4 from this source."""
-    ether = scapy.Ether(src=attacker.mac, dst=NODES)
-    ip = scapy.IPv6(src=link_local(attacker.mac), dst="ff02::1", hlim=1)
-    options, message = scapy.IPv6ExtHdrHopByHop(options=[scapy.RouterAlert()]), scapy.ICMPv6MLQuery(mrd=1)
-    if kind == "behind a VLAN tag":
-        return ether / scapy.Dot1Q(vlan=0) / ip / options / message
-    if kind == "behind an Authentication Header":
-        return ether / ip / options / scapy.AH(nh=58, payloadlen=2, icv=bytes(4)) / message
-    if kind == "IPv6":
-        return ether / ip / options / message
-    if kind == "discovery, IPv6":  # RFC 4286, section 3.1
-        ip.dst = "ff02::6a"
-        return ether / ip / options / scapy.ICMPv6Unknown(type=151, code=20, msgbody=bytes(4))
-    ether.dst = "01:00:5e:00:00:01"
-    if kind == "PIM":
-        return ether / scapy.IP(src=source, dst="224.0.0.13", ttl=1, proto=103) / scapy.Raw(b"\x20\0\xdf\xff")
-    ip = scapy.IP(src=source, dst="224.0.0.1", ttl=1, proto=2, frag=100 if "fragment" in kind else 0)
-    if kind == "discovery, IPv4":
-        ip.dst = "224.0.0.106"
-        return ether / ip / igmp.IGMP(type=0x30, mrcode=20)
-    return ether / ip / igmp.IGMP(type=0x11, mrcode=1)
+def queries(attacker, source):
+    """Return what only a multicast router sends, of IPv4 from this source: {what: (a rule against it, frame)}."""
+    ip = ip6(attacker, NODES, "ff02::1") / scapy.IPv6ExtHdrHopByHop(options=[scapy.RouterAlert()])
+    listener, asks = scapy.ICMPv6MLQuery(mrd=1), igmp.IGMP(type=0x11, mrcode=1)
+    ip.hlim = 1
+    discovery = ip / scapy.ICMPv6Unknown(type=151, code=20, msgbody=bytes(4))  # RFC 4286, section 3.1
+    discovery[scapy.IPv6].dst = "ff02::6a"
+    ether = scapy.Ether(src=attacker.mac, dst="01:00:5e:00:00:01")
+
+    def of_ip(group, message, **fields):
+        return ether / scapy.IP(src=source, dst=group, ttl=1, **fields) / message
+
+    return {
+        "IPv6": ("icmpv6 type", ip / listener),
+        "behind a VLAN tag": ("other_protocol", tagged(ip / listener)),
+        "behind an Authentication Header": ("exthdr hbh", ip / scapy.AH(nh=58, payloadlen=2, icv=bytes(4)) / listener),
+        "discovery, IPv6": ("icmpv6 type", discovery),
+        "IPv4": ("igmp type", of_ip("224.0.0.1", asks, proto=2)),
+        "IPv4 in a later fragment": ("ip frag-off", of_ip("224.0.0.1", asks, proto=2, frag=100)),
+        "discovery, IPv4": ("igmp type", of_ip("224.0.0.106", igmp.IGMP(type=0x30, mrcode=20), proto=2)),
+        "PIM": ("pim goto", of_ip("224.0.0.13", scapy.Raw(b"\x20\0\xdf\xff"), proto=103)),
+    }
 
 
-QUERIES = {  # what: (the reason of its drop, chain, its rule)
-    "IPv6": ("multicast query", "instances_drop_query", "icmpv6 type"),
-    "behind a VLAN tag": ("other protocol", "instances_guard", "other_protocol"),
-    "behind an Authentication Header": ("multicast query", "instances_drop_query", "exthdr hbh"),
-    "discovery, IPv6": ("multicast query", "instances_drop_query", "icmpv6 type"),
-    "IPv4": ("multicast query", "instances_drop_query", "igmp type"),
-    "IPv4 in a later fragment": (
-        "multicast query",
-        "instances_drop_query",
-        "ip frag-off",
-    ),  # and in two pieces of memory
-    "discovery, IPv4": ("multicast query", "instances_drop_query", "igmp type"),
-    "PIM": ("multicast query", "instances_drop_query", "pim goto"),
-}
-
-
-@pytest.mark.parametrize("kind", QUERIES)
-def test_guest_that_speaks_as_a_multicast_router_is_not_believed(bridge, kind):
+def test_guest_that_speaks_as_a_multicast_router_is_not_believed(bridge):
     """A bridge that believes it sends the guest all multicast, and multicast of others only to those who answered."""
-    attacker, host, (reason, chain, rule) = bridge.registered, bridge.host, QUERIES[kind]
-    frame, ring = query(attacker, bridge.registry[attacker.mac]["ipv4"], kind), "fragment" in kind
+    attacker, host = bridge.registered, bridge.host
 
     def is_believed():
         return f"router ports on br0: {attacker.port}" in host.run("bridge", "-d", "mdb", "show").stdout
 
-    for state in ("0", "1"):  # what was believed before is forgotten
-        host.run("ip", "link", "set", attacker.port, "type", "bridge_slave", "mcast_router", state)
-    bridge.is_dropped(reason, attacker, frame, ring=ring)
-    assert not is_believed()
-    with bridge.without(chain, rule):
-        wait_for(lambda: attacker.send(bytes(frame), ring=ring) or is_believed(), "a router's port")
-
-
-LATER = {  # what nftables takes for a later fragment's destination port, and the chains that must not look at it
-    67: ("instances_ask", "instances_drop_dhcp", "instances_drop_request"),
-    547: ("instances_ask", "instances_drop_dhcp", "instances_drop_request"),
-    68: ("instances_drop_rogue",),
-    546: ("instances_drop_rogue",),
-}
-RULES = {4: "ip frag-off & 8191 != 0", 6: "exthdr frag exists frag frag-off != 0"}
-
-
-@pytest.mark.parametrize("version", RULES)
-def test_later_fragment_that_looks_like_dhcp_arrives(bridge, version):
-    """Of IPv4, nftables reads ports out of the fragment's data; of IPv6, out of the flow label."""
-    attacker, rule = bridge.registered, RULES[version]
-    kind = "ipv4" if version == 4 else "ipv6_gua"
-    with hearing(bridge.victim) as heard:
-        for port, chains in LATER.items():
-            packet = datagram(attacker, bridge.registry[attacker.mac][kind], bridge.own[kind])
-            packet /= bytes(16) + port.to_bytes(4, "big") + f"port {port}".encode()
-            if version == 6:
-                packet.fl = port
-
-            def arrives(packet=packet, port=port, before=""):
-                """Tell whether it comes before a datagram that is sent behind it."""
-                before, last = heard(), packet.copy()
-                last[scapy.UDP].payload = scapy.Raw(b"the last one")
-                last.fl = 0
-                attacker.send(*map(bytes, split(packet, 24)), bytes(last))
-                wait_for(lambda: "the last one" in heard()[len(before) :], "the datagram behind it")
-                return f"port {port}" in heard()[len(before) :]
-
-            wait_for(arrives, f"a datagram that looks like {port}")
-            for taken in (chains, chains[1:]) if "instances_ask" in chains else (chains,):
-                with contextlib.ExitStack() as without:
-                    for chain in taken:
-                        without.enter_context(bridge.without(chain, rule))
-                    assert not arrives(), taken
+    for kind, (rule, frame) in queries(attacker, bridge.registry[attacker.mac]["ipv4"]).items():
+        in_pieces = "fragment" in kind
+        reason, chain = "multicast query", "instances_drop_query"
+        if "tag" in kind:
+            reason, chain = "other protocol", "instances_guard"
+        for state in ("0", "1"):  # what was believed before is forgotten
+            host.run("ip", "link", "set", attacker.port, "type", "bridge_slave", "mcast_router", state)
+        bridge.is_dropped(reason, attacker, frame, ring=in_pieces)
+        assert not is_believed(), kind
+        with bridge.without(chain, rule):
+            send_until(is_believed, attacker, frame, ring=in_pieces)

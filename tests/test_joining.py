@@ -1,5 +1,6 @@
 """Guests that join a bridge whose guard was there first, as after every boot."""
 
+import contextlib
 import signal
 import time
 
@@ -9,18 +10,16 @@ from lab import Host, wait_for
 
 pytestmark = pytest.mark.slow
 IPV6 = ("2001", "fd83")
+HOSTS = ("10.83.0.1", "2001:67c:83::1", "fd83:5eed::1")
 
 
 @pytest.fixture
 def guarded(tmp_path):
     """A host with the examples' guard on before anybody joins."""
     need(*PROGRAMS)
-    host = Host(tmp_path)
-    try:
+    with contextlib.closing(Host(tmp_path)) as host:
         host.start_guarded()
         yield host
-    finally:
-        host.close()
 
 
 def in_use(client, *prefixes: str) -> bool:
@@ -50,11 +49,10 @@ def test_ten_guests_that_start_at_once_are_all_registered_and_reach_the_host(gua
         if guest in guests[:6]:
             guest.start_dhcp4(guest.label)
     for guest in guests:
-        kinds = IPV6 + (("10.83",) if guest in guests[:6] else ())
+        both = guest in guests[:6]
+        kinds = (*IPV6, "10.83") if both else IPV6
         wait_for(lambda g=guest, k=kinds: in_use(g, *k), f"{guest.label} registered")
-    for guest in guests:
-        for address in ("2001:67c:83::1", "fd83:5eed::1", *(["10.83.0.1"] if guest in guests[:6] else [])):
-            wait_for(lambda g=guest, a=address: g.pings(a), f"a ping of {address}")
+        guest.wait_pings(*HOSTS[0 if both else 1 :])
     assert {i["name"] for i in guarded.registry().values()} == {"host", *(guest.label for guest in guests)}
 
 
@@ -75,12 +73,8 @@ class Guest:
             self.client.run("ip", "address", "flush", "dev", "eth0", "to", "fc00::/7")
         process = self.client.start_dhcp6("web", system)
         wait_for(lambda: in_use(self.client, *IPV6, "10.83"), f"system {system} in use")
-        self.reaches_the_host()
+        self.client.wait_pings(*HOSTS)
         return process
-
-    def reaches_the_host(self):
-        for address in ("10.83.0.1", "2001:67c:83::1", "fd83:5eed::1"):
-            wait_for(lambda a=address: self.client.pings(a), f"a ping of {address}")
 
     def addresses(self) -> set[str]:
         return {*self.client.addresses("2001"), *self.client.addresses("fd83")}
@@ -91,15 +85,11 @@ def guest(guarded):
     return Guest(guarded)
 
 
-def test_rebuilt_guest_is_registered_with_its_new_addresses(guest):
+def test_rebuilt_guest_is_registered_with_its_new_addresses_and_with_its_older_ones_when_it_goes_back(guest):
     before = guest.addresses()
-    guest.boot("b", guest.process)
+    process = guest.boot("b", guest.process)
     assert not before & guest.addresses()
-
-
-def test_guest_that_goes_back_to_an_older_lease_of_its_own_is_registered_with_it(guest):
-    before = guest.addresses()
-    guest.boot("a", guest.boot("b", guest.process))
+    guest.boot("a", process)
     assert guest.addresses() == before
 
 
@@ -115,7 +105,7 @@ def test_reminders_of_an_older_lease_do_not_undo_news(guest):
     host.dnsmasq.send_signal(signal.SIGHUP)
     wait_for(lambda: told(size), "reminders of the older leases")
     assert host.registry() == registry
-    guest.reaches_the_host()
+    guest.client.wait_pings(*HOSTS)
     # A restart does, too, but of IPv6 leases it no longer knows the MAC address: here of a former IPv4 lease
     host.stop(host.dnsmasq)
     with open(host.folder / "dnsmasq.br0.leases", "r+") as leases:
@@ -126,4 +116,4 @@ def test_reminders_of_an_older_lease_do_not_undo_news(guest):
     keeps = f"{guest.client.mac} keeps {registry[guest.client.mac]['ipv4']}: 10.83.0.199"
     wait_for(lambda: keeps in log.read_text(), "a reminder of the former lease")
     assert host.registry() == registry
-    guest.reaches_the_host()
+    guest.client.wait_pings(*HOSTS)
