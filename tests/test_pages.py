@@ -66,8 +66,8 @@ esac
 class Machine(Host):
     """A host whose /etc, /run, /usr/local/sbin and /var/lib/misc are its own, with a copy of this project."""
 
-    def __init__(self, folder: Path, **options):
-        super().__init__(folder, **options)
+    def __init__(self, folder: Path):
+        super().__init__(folder)
         folder.chmod(0o755)  # dnsmasq's user reads /var/lib/misc
         self.etc, self.sbin, self.top = make_etc(folder / "etc"), folder / "sbin", folder / "top"
         for place in ("etc/dnsmasq.d", "etc/default", "etc/systemd/system", "etc/cron.d", "run", "sbin"):
@@ -87,29 +87,31 @@ class Machine(Host):
         folder = (self.top / page).parent
         return self.run(*mounted(self.mounts), "sh", "-euc", f"cd {folder}\n{commands}", env=env).stdout
 
+    def serve(self, config: str) -> None:
+        """Have dnsmasq serve the bridge by a configuration."""
+        shutil.copy(TOP / "instances-update.py", self.sbin)
+        (self.etc / "dnsmasq.d" / "x.conf").write_text(config)
+        self.shell("mkdir -p /var/lib/misc/instances.hosts.d; systemctl restart dnsmasq")
+
     def follow(self, page: str, words: str) -> str:
         """Run a block of a page; return what it prints."""
         return self.shell(block(page, words), page)
 
 
-def made(folder: Path, **options):
-    """Give a host, and take it away."""
+@pytest.fixture
+def bare(tmp_path):
+    """A host with the bridge br0, and nothing installed."""
     need(*PROGRAMS)
-    machine = Machine(folder, **options)
+    machine = Machine(tmp_path)
     yield machine
     machine.close()
 
 
 @pytest.fixture
-def bare(tmp_path):
-    """A host with the bridge br0, and nothing installed."""
-    yield from made(tmp_path)
-
-
-@pytest.fixture
-def bridgeless(tmp_path):
+def bridgeless(bare):
     """A host without a bridge, and nothing installed."""
-    yield from made(tmp_path, bridge=False)
+    bare.run("ip", "link", "delete", "br0")
+    return bare
 
 
 @pytest.fixture
@@ -190,12 +192,10 @@ print(heard.hex())
 
 @pytest.mark.parametrize("config", ["dnsmasq/br0.conf", "adopting/instances.conf", "network/gateway.conf"])
 def test_no_configuration_gives_a_guest_a_name_that_others_look_for_services_by(bare, config):
-    shutil.copy(TOP / "instances-update.py", bare.sbin)
     text = (EXAMPLES / config).read_text().replace("=gw0", "=br0")
     if config == "adopting/instances.conf":  # what was there before it
         text += "interface=br0\nexcept-interface=lo\nbind-interfaces\nno-ping\ndhcp-range=10.83.0.100,10.83.0.199\n"
-    (bare.etc / "dnsmasq.d" / "x.conf").write_text(text)
-    bare.shell("mkdir -p /var/lib/misc/instances.hosts.d; systemctl restart dnsmasq")
+    bare.serve(text)
     options = ("-xhostname:WPAD", "-xhostname:wpad.x", "-Fisatap.instance.internal", "-Flocalhost", "-xhostname:web.x")
     names = []
     for number, option in enumerate(options):
@@ -206,10 +206,8 @@ def test_no_configuration_gives_a_guest_a_name_that_others_look_for_services_by(
 
 
 def test_br0_conf_tells_guests_the_search_domain_the_mtu_and_servers_that_all_may_ask(bare):
-    shutil.copy(TOP / "instances-update.py", bare.sbin)
-    config = (EXAMPLES / "dnsmasq/br0.conf").read_text().replace("#dhcp-option=option:mtu", "dhcp-option=option:mtu")
-    (bare.etc / "dnsmasq.d" / "br0.conf").write_text(config)
-    bare.shell("mkdir -p /var/lib/misc/instances.hosts.d; systemctl restart dnsmasq")
+    config = (EXAMPLES / "dnsmasq/br0.conf").read_text()
+    bare.serve(config.replace("#dhcp-option=option:mtu", "dhcp-option=option:mtu"))
     guest = bare.client("web", "10:66:6a:4c:a1:11")
     guest.script.write_text(guest.script.read_text() + 'echo "servers ${new_dhcp6_name_servers-}" >>"$0.log"\n')
     guest.dhcp4("web")
@@ -288,21 +286,16 @@ def test_nftables_recipe_allows_a_network_behind_a_guest(machine):
     assert pings_from(web, "10.99.0.1") and pings_from(web, "2001:67c:99::1")
 
 
-def test_nftables_recipe_for_a_64_leases_addresses_to_guests_that_make_none(tmp_path):
-    need(*PROGRAMS)
-    host = Host(tmp_path, ("10.83.0.1/24", "2001:67c:83::1/64"))
-    try:
-        host.update("--initialize", "br0", "host")
-        config = re.sub("(?m)^(dhcp-range=.*:|rev-server=).*\n", "", host.example("dnsmasq/br0.conf").read_text())
-        (tmp_path / "conf").write_text(config + block("examples/nftables/README.md", "enable-ra"))
-        host.start_dnsmasq(config=tmp_path / "conf")
-        guest = host.client("web", "10:66:6a:4c:a1:11")
-        guest.start_dhcp6("web")
-        guest.wait_registered("BOUND6 2001")
-        wait_for(lambda: "default" in guest.run("ip", "-6", "route").stdout, "the router advertisement's route")
-        assert guest.addresses("2001") == [host.registry()[guest.mac]["ipv6_gua"]]
-    finally:
-        host.close()
+def test_nftables_recipe_for_a_64_leases_addresses_to_guests_that_make_none(bare):
+    bare.run("ip", "address", "flush", "dev", "br0", "to", "2000::/3")
+    bare.run("ip", "address", "add", "2001:67c:83::1/64", "dev", "br0", "nodad")
+    config = re.sub("(?m)^(dhcp-range=.*:|rev-server=).*\n", "", (EXAMPLES / "dnsmasq/br0.conf").read_text())
+    bare.serve(config + block("examples/nftables/README.md", "enable-ra"))
+    guest = bare.client("web", "10:66:6a:4c:a1:11")
+    guest.start_dhcp6("web")
+    guest.wait_registered("BOUND6 2001")
+    wait_for(lambda: "default" in guest.run("ip", "-6", "route").stdout, "the router advertisement's route")
+    assert guest.addresses("2001") == [bare.registry()[guest.mac]["ipv6_gua"]]
 
 
 def test_nftables_recipes_for_several_bridges(machine):

@@ -131,18 +131,6 @@ def test_each_name_has_the_addresses_of_its_kind_in_each_domain(base):
     }
 
 
-def test_each_set_has_the_addresses_of_its_kind(base):
-    registry = {MAC: WEB, OTHER: {"name": "", "ipv4": "10.0.0.2"}}
-    sets = make(base, registry, INSTANCES_ADDRESS_SETS="web,ghost").sets
-    for kind, fields in KINDS.items():
-        web = [WEB[field] for field in fields]
-        others = ["10.0.0.2"] if kind == "v4" else []
-        for name, elements in (("all_", web + others), ("web.", web), ("ghost.", [])):
-            assert sets[f"{name}{kind}.instance"] == elements
-            declared = f"set {name}{kind}.instance {{\n    type {'ipv4' if kind == 'v4' else 'ipv6'}_addr\n"
-            assert declared in outputs(base)[".nftables_sets"]
-
-
 def test_listed_name_with_hyphens_in_any_case_is_filled(base):
     registry = {MAC: {"name": "build-runner", "ipv4": "10.0.0.1"}, OTHER: {"name": "Web", "ipv4": "10.0.0.2"}}
     sets = make(base, registry, INSTANCES_ADDRESS_SETS="build-runner, WEB").sets
