@@ -86,11 +86,6 @@ def test_libvirt_example_names_all_interfaces_on_the_bridge_before_the_first_lea
     assert libvirt.entries() == entries and not marker.exists()
 
 
-def test_libvirt_example_takes_no_name_from_others_and_gives_none_that_is_not_one(libvirt):
-    for name in ("host", "mail", "7up", "b" * 64):
-        assert libvirt.start(name, INTERFACE.format(THIRD, "br0", "")) == NAMES | {THIRD: ""}
-
-
 def test_libvirt_example_has_its_settings_from_the_file_since_libvirt_passes_no_variables(libvirt):
     settings = libvirt.host.folder / "default" / "instances"
     settings.write_text(f"# which\nINSTANCES_BASE_PATH='{libvirt.host.base}' # a registry\n")
@@ -98,22 +93,21 @@ def test_libvirt_example_has_its_settings_from_the_file_since_libvirt_passes_no_
     assert libvirt.start("box", ON_BR0)[FIRST] == "box"
 
 
-def test_libvirt_example_puts_a_hyphen_for_what_no_name_in_dns_has(libvirt):
-    for domain_name, name in (("my vm", "my-vm"), ("ubuntu22.04", "ubuntu22-04"), ("win2k22_dc (2)", "win2k22-dc--2")):
-        assert libvirt.start(domain_name, INTERFACE.format(THIRD, "br0", FILTERED))[THIRD] == name
+def test_libvirt_example_takes_no_name_from_others_and_puts_a_hyphen_for_what_no_name_in_dns_has(libvirt):
+    names = {"host": "", "mail": "", "7up": "", "b" * 64: ""}
+    names |= {"my vm": "my-vm", "ubuntu22.04": "ubuntu22-04", "win2k22_dc (2)": "win2k22-dc--2"}
+    for domain_name, name in names.items():
+        assert libvirt.start(domain_name, INTERFACE.format(THIRD, "br0", "")) == NAMES | {THIRD: name}
 
 
-def test_libvirt_example_does_nothing_at_other_times(libvirt):
-    for operation in ("prepare", "started", "stopped", "release", "migrate", "restore", "unheard-of"):
-        libvirt.hook("box", operation, "begin", "-", xml=domain("box", ON_BR0))
-        assert libvirt.unchanged()
-
-
-def test_libvirt_example_lets_a_domain_start_whatever_comes_and_changes_nothing(libvirt):
-    """The last domain has the host's MAC address."""
+def test_libvirt_example_does_nothing_at_other_times_or_by_what_is_no_guest_s_domain(libvirt):
+    """The last has the host's MAC address."""
     odd, hosts = domain("box", "<interface><mac/></interface>"), domain("box", INTERFACE.format(HOST_MAC, "br0", ""))
-    for xml in ("", "<domain>", "no xml", domain("box"), odd, hosts):
-        libvirt.hook("box", "start", "begin", "-", xml=xml)
+    calls = [("start", xml) for xml in ("", "<domain>", "no xml", domain("box"), odd, hosts)]
+    operations = ("prepare", "started", "stopped", "release", "migrate", "restore", "unheard-of")
+    calls += [(operation, domain("box", ON_BR0)) for operation in operations]
+    for operation, xml in calls:
+        libvirt.hook("box", operation, "begin", "-", xml=xml)
         assert libvirt.unchanged()
 
 

@@ -103,17 +103,6 @@ def test_invariants_hold_after_any_events_and_a_lease_changes_another_only_by_ta
         assert apply(update, registry, event)[0] == "" and registry == again
 
 
-@given(st.dictionaries(MACS, UNKNOWN), st.lists(LEASE | RENAME | INITIALIZE, max_size=10))
-@example({"10:66:6a:00:00:00": {"note": "a } b {", "\ud800": [1, {"x": None}]}}, [])
-def test_unknown_fields_survive_any_events_and_rewrites(update, unknown, events):
-    registry = {mac: {"name": "", **fields} for mac, fields in unknown.items()}
-    for event in events:
-        apply(update, registry, event)
-        registry = json.loads(update.registry_text(registry))
-    for mac, fields in unknown.items():
-        assert json.dumps({key: registry[mac][key] for key in fields}) == json.dumps(fields)
-
-
 VALUES = st.sampled_from([*ADDRESSES, *NAMES]) | JSON
 KNOWN = st.dictionaries(st.sampled_from(["name", *FIELDS]), VALUES, max_size=5)
 ENTRY = st.builds(lambda unknown, known: unknown | known, UNKNOWN, KNOWN)

@@ -79,16 +79,6 @@ def bridged(host):
     return host
 
 
-@pytest.fixture
-def twice(bridged):
-    """A host with another bridge, which is registered, too."""
-    bridged.run("ip", "link", "add", "br1", "type", "bridge")
-    bridged.run("ip", "address", "add", "10.84.0.1/24", "dev", "br1")
-    bridged.run("ip", "link", "set", "br1", "up")
-    bridged.update("--initialize", "br1", "other")
-    return bridged
-
-
 def test_lease_is_ended_in_whatever_file_dnsmasq_has_it(bridged):
     file = serve(bridged, f"{OLD} 10.83.0.112 ubuntu 01:{OLD}", f"{WEB} 10.83.0.111 web *")
     assert release(bridged, OLD.upper(), OTHER) == ([OLD, OTHER], 0, "")
@@ -98,23 +88,23 @@ def test_lease_is_ended_in_whatever_file_dnsmasq_has_it(bridged):
     assert release(bridged, "Web")[0] == [WEB] and file.read_text() == ""
 
 
-def test_lease_is_ended_on_the_bridge_that_it_is_of(twice):
-    """One dnsmasq, and so one file, for two bridges."""
-    file = serve(twice, f"{OLD} 10.83.0.112 ubuntu *", f"{WEB} 10.84.0.111 web 01:{WEB}", interfaces="br0,br1")
-    assert release(twice, OLD, WEB)[0] == [OLD, WEB] and file.read_text() == ""
-
-
-def test_lease_of_a_bridge_that_no_dnsmasq_serves_is_not_said_to_be_ended(twice):
+def test_lease_is_ended_on_the_bridge_that_it_is_of_and_is_not_said_to_be_where_no_dnsmasq_serves_it(bridged):
     """As while it is stopped, though there are others. What was never on that bridge has no lease there."""
-    twice.update("add", OLD, "10.83.0.112")
-    twice.update("add", WEB, "10.84.0.111")
+    bridged.run("ip", "link", "add", "br1", "type", "bridge")
+    bridged.run("ip", "address", "add", "10.84.0.1/24", "dev", "br1")
+    bridged.run("ip", "link", "set", "br1", "up")
+    bridged.update("--initialize", "br1", "other")
+    bridged.update("add", OLD, "10.83.0.112")
+    bridged.update("add", WEB, "10.84.0.111")
     for mac in (OLD, OTHER):
-        ended, status, told = release(twice, mac)
+        ended, status, told = release(bridged, mac)
         assert (ended, status) == ([], 1) and "no dnsmasq with a lease file serves br0" in told
-    serve(twice)
-    ended, status, told = release(twice, OLD, WEB, OTHER)
+    serve(bridged)
+    ended, status, told = release(bridged, OLD, WEB, OTHER)
     assert (ended, status) == ([OLD, OTHER], 1)
     assert f"{WEB}: its leases are not known: no dnsmasq with a lease file serves br1" in told
+    file = serve(bridged, f"{OLD} 10.83.0.112 ubuntu *", f"{WEB} 10.84.0.111 web 01:{WEB}", interfaces="br0,br1")
+    assert release(bridged, OLD, WEB)[0] == [OLD, WEB] and file.read_text() == ""  # one dnsmasq for two bridges
 
 
 def test_lease_that_dnsmasq_does_not_end_is_named(bridged):
@@ -130,7 +120,7 @@ def test_lease_that_dnsmasq_does_not_end_is_named(bridged):
 
 
 def test_release_refuses_what_is_no_mac_address(host):
-    for arguments in ((), ("web x",), ("--force",)):
+    for arguments in ((), ("web x",)):
         _, status, told = release(host, *arguments)
         assert status == 2 and ": no such usage: " in told
 
