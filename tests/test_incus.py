@@ -64,9 +64,9 @@ class Incus(Managed):
     def run(self, *arguments):
         return self.host.run(*self.command, *arguments, env=self.env, check=False)
 
-    def compare(self, *instances):
-        """Compare once, with what Incus lists now; return what is said."""
-        self.says(answer(instances))
+    def compare(self, *instances, one=GONE):
+        """Compare once, with what Incus lists now, and says of one that it does not list; return what is said."""
+        self.says(answer(instances), one)
         result = self.run("--once")
         assert result.returncode == 0
         return result.stderr
@@ -115,11 +115,10 @@ def test_incus_example_changes_nothing_by_an_answer_that_is_none(incus):
 
 
 def test_incus_example_keeps_what_incus_has_but_did_not_list(incus):
-    incus.says(answer([]), answer(instance("web", OLD)))
-    said = incus.run("--once").stderr
+    said = incus.compare(one=answer(instance("web", OLD)))
     assert said.count("\n") == 1 and f"{OLD} stays: Incus has default/web" in said and incus.entries() == BEFORE
-    incus.says(answer([]), answer(instance("web", OLD, parent="incusbr0")))
-    assert incus.run("--once").returncode == 0 and OLD not in incus.names()
+    incus.compare(one=answer(instance("web", OLD, parent="incusbr0")))
+    assert OLD not in incus.names()
 
 
 def test_incus_example_takes_nothing_from_the_host_or_from_others(incus):
@@ -141,13 +140,16 @@ def test_incus_example_names_projects_and_further_interfaces(incus):
     assert incus.names() == {HOST_MAC: "host", NOBODYS: "Mail", WEB: "web-shop", OTHER: "web-shop-lan-1"}
 
 
-def test_incus_example_registers_fixed_addresses(incus):
-    fixed = {"ipv4.address": "10.83.0.50", "ipv6.address": "fd83:5eed:0::50"}
-    said = incus.compare(instance("web", WEB, **fixed), instance("x", OTHER, **{"ipv4.address": "10.83.0.1"}))
-    assert f"{OTHER}: 10.83.0.1 is not registered" in said
+def test_incus_example_registers_fixed_addresses_but_the_hosts_and_one_of_two_guests_for_one_of_them(incus):
+    """The one that has it, though the list may name the other, its copy, first."""
+    web = instance("web", WEB, **{"ipv4.address": "10.83.0.50", "ipv6.address": "fd83:5eed:0::50"})
+    copy, another = (instance("copy", OTHER, **{"ipv4.address": f"10.83.0.{number}"}) for number in (50, 1))
+    assert f"{OTHER}: 10.83.0.1 is not registered" in incus.compare(web, another)
+    assert f"{OTHER}: 10.83.0.50 is not registered" in incus.compare(copy, web)
     entries = incus.entries()
     assert (entries[WEB]["ipv4"], entries[WEB]["ipv6_ula"]) == ("10.83.0.50", "fd83:5eed::50")
     assert "ipv4" not in entries[OTHER] and entries[HOST_MAC]["ipv4"] == "10.83.0.1"
+    assert incus.compare(copy, web).count("\n") == 1 and incus.entries() == entries
 
 
 def test_incus_example_says_in_one_line_what_is_missing_and_changes_nothing(incus):
@@ -190,20 +192,9 @@ def test_incus_example_changes_nothing_on_a_host_that_follows_another(incus):
 
 def test_incus_example_leaves_alone_what_is_on_a_member_of_the_cluster_that_is_not_reached(incus):
     lost = {"name": "web", "project": "default", "status": "Error", "status_code": 400, "location": "c", "config": None}
-    incus.says(answer([lost, instance("new", OTHER)]), failure(503, "no"))
-    result = incus.run("--once")
-    assert result.returncode == 0 and "default/web stays as it is: Incus does not reach c" in result.stderr
+    said = incus.compare(lost, instance("new", OTHER), one=failure(503, "no"))
+    assert "default/web stays as it is: Incus does not reach c" in said
     assert incus.names() == {**{m: i["name"] for m, i in BEFORE.items()}, OTHER: "new"}
-
-
-def test_incus_example_gives_a_fixed_address_of_two_guests_to_one_for_good(incus):
-    """The one that has it, though the list may name the other, its copy, first."""
-    web, copy = (instance(*which, **{"ipv4.address": "10.83.0.50"}) for which in (("web", WEB), ("copy", OTHER)))
-    incus.compare(web)
-    assert f"{OTHER}: 10.83.0.50 is not registered" in incus.compare(copy, web)
-    before = incus.entries()
-    assert incus.compare(copy, web).count("\n") == 1 and incus.entries() == before
-    assert before[WEB]["ipv4"] == "10.83.0.50" and "ipv4" not in before[OTHER]
 
 
 @pytest.fixture
@@ -247,17 +238,13 @@ def test_incus_example_compares_seldom_while_events_come(incus, follower):
     assert incus.asked() <= asked + 10  # two seconds, by the fifth of one
 
 
-def test_incus_example_says_once_what_stands_and_goes_on(incus, follower):
-    _, log = follower
+def test_incus_example_says_once_what_stands_goes_on_and_ends_when_the_monitor_does(incus, follower):
+    process, log = follower
     incus.says("not json")
     for _ in range(3):
         compared(incus)
     assert log.read_text().count("Incus doesn't answer") == 1
     incus.says(answer([instance("again", WEB)]))
     wait_for(lambda: incus.names()[WEB] == "again", "another try", 10)
-
-
-def test_incus_example_ends_when_the_monitor_does(incus, follower):
-    process, log = follower
     os.kill(int(run("pgrep", "-P", process.pid).stdout), signal.SIGKILL)
     assert process.wait(10) == 1 and "incus monitor has ended" in log.read_text().splitlines()[-1]

@@ -124,23 +124,17 @@ def test_libvirt_example_lets_a_domain_start_without_a_lock_or_instances_update_
     assert libvirt.registry.read_text() == "{"
 
 
-def test_libvirt_example_removes_what_libvirt_has_no_more(libvirt):
-    assert libvirt.compare(f"{UUID}\n{OTHER_UUID}\n") == NAMES
-    assert libvirt.compare(f"{UUID}\n").keys() == BEFORE.keys() - {SECOND}
-
-
-def test_libvirt_example_removes_nothing_while_libvirt_does_not_answer_or_leases_are_not_ended(libvirt):
-    libvirt.compare("", 1)
-    assert libvirt.unchanged()
-    libvirt.host.stop_dnsmasq()
-    libvirt.compare()
-    assert libvirt.unchanged()
-    leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
+def test_libvirt_example_removes_what_libvirt_has_no_more_and_nothing_while_it_or_dnsmasq_does_not_answer(libvirt):
+    assert libvirt.compare(f"{UUID}\n{OTHER_UUID}\n") == libvirt.compare("", 1) == NAMES
     virsh = (libvirt.folder / "virsh").rename(libvirt.folder / "none")
     libvirt.hook()
     assert libvirt.unchanged()
     virsh.rename(libvirt.folder / "virsh")
-    assert SECOND not in libvirt.compare() and leases.read_text() == ""
+    libvirt.host.stop_dnsmasq()
+    libvirt.compare()
+    assert libvirt.unchanged()
+    leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
+    assert libvirt.compare(f"{UUID}\n").keys() == BEFORE.keys() - {SECOND} and leases.read_text() == ""
 
 
 def test_libvirt_example_changes_nothing_on_a_host_that_follows_another(libvirt):

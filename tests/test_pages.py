@@ -255,20 +255,15 @@ def test_nftables_recipe_enters_a_fixed_address(machine):
 
 
 def test_nftables_recipe_allows_an_address_to_several_guests(machine, guests):
-    def all_use_it() -> list[bool]:
-        used = []
+    for allowed in (False, True):
         for guest in guests:
             take(guest, "10.83.0.50/24", "2001:67c:83::50/80")
             machine.run("ip", "neighbour", "flush", "dev", "br0")
-            used += [pings_from(guest, "10.83.0.50"), pings_from(guest, "2001:67c:83::50")]
+            assert pings_from(guest, "10.83.0.50") == pings_from(guest, "2001:67c:83::50") == allowed
             for address in ("10.83.0.50/24", "2001:67c:83::50/80"):
                 guest.run("ip", "address", "delete", address, "dev", "eth0")
-        return used
-
-    assert all_use_it() == [False] * 4
-    machine.follow("examples/nftables/README.md", "--allow 10:66:6a:4c:a1:12")
-    machine.shell("instances-apply")
-    assert all_use_it() == [True] * 4
+        machine.follow("examples/nftables/README.md", "--allow 10:66:6a:4c:a1:12")
+        machine.shell("instances-apply")
 
 
 def test_nftables_recipe_allows_a_network_behind_a_guest(machine):

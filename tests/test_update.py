@@ -137,25 +137,6 @@ def test_unusable_or_taken_name_leaves_new_instance_unnamed(base, name):
     assert read(base)[OTHER] == {"name": "db"}
 
 
-@pytest.mark.parametrize(
-    ("action", "variables", "address", "other_address", "field"),
-    [
-        ("old", {}, *LEASES[0]),
-        ("old", REMINDER, *LEASES[0]),
-        ("old", {}, *LEASES[1]),
-        ("add", {}, *LEASES[1]),
-        ("add", {}, "2001:67c:83::11", "2001:67c:83::12", "ipv6_gua"),
-    ],
-)
-def test_only_an_add_of_ipv4_takes_an_address_from_another(base, action, variables, address, other_address, field):
-    write(base, {MAC: {"name": "web", field: address}, OTHER: {"name": "db", field: other_address}})
-    told = unchanged(lease, base, action, OTHER, address, "db", DNSMASQ_MAC=OTHER, **variables)
-    assert told == f"instances-update.py: warning: {OTHER}: {address} is not registered, {MAC} web has it\n"
-    result = lease(base, action, NEW, address, "new", DNSMASQ_MAC=NEW, **variables)
-    assert result.returncode == 0 and f"{NEW}: {address} is not registered, {MAC} web has it" in result.stderr
-    assert read(base)[MAC] == {"name": "web", field: address} and field not in read(base)[NEW]
-
-
 @pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
 @pytest.mark.parametrize("emptied", [True, False])
 def test_reminder_fills_an_empty_field_and_replaces_none_as_another_old_does(
