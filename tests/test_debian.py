@@ -52,9 +52,8 @@ def test_package_has_the_scripts_with_debians_python(built):
     for program in (*PROGRAMS, CHECK):
         installed = built / "root" / "usr" / "sbin" / program.name
         assert installed.stat().st_mode & 0o777 == 0o755
-        first, *rest = installed.read_text().splitlines()
-        assert first == "#!/usr/bin/python3"
-        assert rest == program.read_text().splitlines()[1:]
+        _, _, rest = program.read_text().partition("\n")
+        assert installed.read_text() == f"#!/usr/bin/python3\n{rest}"
 
 
 def test_package_has_units_and_examples_with_its_own_paths(built):
@@ -141,7 +140,7 @@ def test_manual_page_says_what_the_program_does(built, program):
             assert re.search(rf"{name}\n[^\n]*by default ‘?{re.escape(default)}’?$", text, re.MULTILINE), name
 
 
-def test_printed_next_steps_are_those_of_the_pages():
+def test_printed_next_steps_and_the_lines_that_build_and_install_are_those_of_the_pages():
     steps = indented((DEBIAN / "instances.postinst").read_text().split("STEPS")[1])
     assert steps.startswith("mkdir") and steps.endswith("dnsmasq\n")
     readme = (DEBIAN / "README.Debian").read_text()
@@ -149,9 +148,6 @@ def test_printed_next_steps_are_those_of_the_pages():
     by_hand = block("README.md", "install -m 755")
     for command in ("instances-update.py --initialize", "systemctl enable", "systemctl restart"):
         assert re.search(f"^{command}.*", steps, re.MULTILINE)[0] in by_hand
-
-
-def test_both_pages_build_and_install_by_the_same_lines():
     lines = block("README.md", "examples/debian/build.sh")
     assert lines == block("examples/debian/README.md", "examples/debian/build.sh") and lines.count("\n") == 2
 

@@ -165,16 +165,15 @@ def test_incus_example_says_in_one_line_what_is_missing_and_changes_nothing(incu
 
 
 def test_incus_example_keeps_an_instance_until_its_leases_are_ended(incus):
-    """dnsmasq is stopped, and then the program that asks it is missing."""
+    """dnsmasq is stopped, and at first the program that asks it is missing."""
     incus.host.stop_dnsmasq()
     shutil.copy(TOP / "instances-update.py", incus.folder)
     asking = incus.env["PATH"]
-    for path, told in ((asking, OLD), (f"{incus.folder}:/usr/bin:/bin", "instances-release")):
+    for path, told in ((f"{incus.folder}:/usr/bin:/bin", "instances-release"), (asking, OLD)):
         incus.env["PATH"] = path
         result = incus.run("--once")
         assert result.returncode == 1 and told in result.stderr.splitlines()[-1]
         assert incus.names() == {HOST_MAC: "host", WEB: "web", OLD: "", NOBODYS: "Mail"}
-    incus.env["PATH"] = asking
     leases = serve(incus.host, f"{OLD} 10.83.0.112 ubuntu *")
     assert incus.run("--once").returncode == 0 and OLD not in incus.names() and leases.read_text() == ""
 

@@ -64,9 +64,6 @@ class Libvirt(Managed):
         self.hook()
         return self.names()
 
-    def unchanged(self):
-        return self.entries() == BEFORE
-
 
 @pytest.fixture
 def libvirt(host):
@@ -108,16 +105,16 @@ def test_libvirt_example_does_nothing_at_other_times_or_by_what_is_no_guest_s_do
     calls += [(operation, domain("box", ON_BR0)) for operation in operations]
     for operation, xml in calls:
         libvirt.hook("box", operation, "begin", "-", xml=xml)
-        assert libvirt.unchanged()
+        assert libvirt.entries() == BEFORE
 
 
 def test_libvirt_example_lets_a_domain_start_without_a_lock_or_instances_update_or_a_registry(libvirt):
     with lock_held(libvirt.host.base):
         libvirt.start("box", ON_BR0)
-    assert libvirt.unchanged()
+    assert libvirt.entries() == BEFORE
     path, libvirt.env["PATH"] = libvirt.env["PATH"], "/usr/sbin:/usr/bin"
     libvirt.start("box", ON_BR0)
-    assert libvirt.unchanged()
+    assert libvirt.entries() == BEFORE
     libvirt.env["PATH"] = path
     libvirt.registry.write_text("{")
     libvirt.hook("box", "start", "begin", "-", xml=domain("box", ON_BR0))
@@ -128,11 +125,11 @@ def test_libvirt_example_removes_what_libvirt_has_no_more_and_nothing_while_it_o
     assert libvirt.compare(f"{UUID}\n{OTHER_UUID}\n") == libvirt.compare("", 1) == NAMES
     virsh = (libvirt.folder / "virsh").rename(libvirt.folder / "none")
     libvirt.hook()
-    assert libvirt.unchanged()
+    assert libvirt.entries() == BEFORE
     virsh.rename(libvirt.folder / "virsh")
     libvirt.host.stop_dnsmasq()
     libvirt.compare()
-    assert libvirt.unchanged()
+    assert libvirt.entries() == BEFORE
     leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
     assert libvirt.compare(f"{UUID}\n").keys() == BEFORE.keys() - {SECOND} and leases.read_text() == ""
 
@@ -144,7 +141,7 @@ def test_libvirt_example_changes_nothing_on_a_host_that_follows_another(libvirt)
     follows.write_text("a writes it")
     libvirt.start("box", ON_BR0)
     libvirt.compare()
-    assert libvirt.unchanged() and SECOND in leases.read_text()
+    assert libvirt.entries() == BEFORE and SECOND in leases.read_text()
     follows.unlink()
     assert SECOND not in libvirt.compare()
 

@@ -128,13 +128,15 @@ def test_ipv6_lease_without_mac_does_nothing_and_by_hand_says_what_is_missing(ba
 @pytest.mark.parametrize(
     "name", ["3cx", "my_host", "-x", "x-", "a" * 64, 'a"b', "a\nb", "a b", "a.b", "ä", "\udcff", "web\x1b[2J", "DB"]
 )
-def test_unusable_or_taken_name_leaves_new_instance_unnamed(base, name):
+def test_unusable_or_taken_name_leaves_new_instance_unnamed_and_afterwards_without_a_word(base, name):
     write(base, {OTHER: {"name": "db"}})
     result = run(base, "add", MAC, "10.83.0.11", name)
     assert result.returncode == 0 and read(base)[MAC]["name"] == "" and read(base)[MAC]["ipv4"] == "10.83.0.11"
     assert result.stderr.count("\n") == 1 and result.stderr.isascii() and result.stderr[:-1].isprintable()
     assert "warning" in result.stderr and "is taken, or not a name" in result.stderr
     assert read(base)[OTHER] == {"name": "db"}
+    for hostname in (name, ""):
+        assert unchanged(lease, base, "old", MAC, "10.83.0.11", hostname) == ""
 
 
 @pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
@@ -220,22 +222,16 @@ def test_bad_base_id_or_a_missing_directory_which_is_not_made_is_an_error(base):
     assert not none.exists()
 
 
-def test_base_id_follows_the_path_after_a_hyphen(base):
-    run(base, "add", MAC, "10.0.0.1", INSTANCES_BASE_ID="br0.1_a-b")
-    assert files(base).keys() == {"instances-br0.1_a-b.json", "instances-br0.1_a-b.updated"}
-
-
-def test_variables_that_are_empty_or_unset_take_their_defaults(update, monkeypatch):
+def test_files_are_where_the_variables_say_and_have_defaults(base, update, monkeypatch):
     for value in (None, ""):
         for variable in ("INSTANCES_BASE_PATH", "INSTANCES_BASE_ID"):
             monkeypatch.delenv(variable, raising=False) if value is None else monkeypatch.setenv(variable, value)
         assert update.base_path() == "/var/lib/misc/instances"
-
-
-def test_relative_path_without_a_folder_is_in_the_working_folder(base):
-    result = add_by(sys.executable, base="here", cwd=base.parent)
+    run(base, "add", MAC, "10.0.0.1", INSTANCES_BASE_ID="br0.1_a-b")
+    result = add_by(sys.executable, base="here", cwd=base.parent)  # without a folder: in the working folder
     assert (result.returncode, result.stderr) == (0, "")
-    assert {"here.json", "here.updated"} <= files(base).keys() and MAC in read(base.parent / "here")
+    made = {"instances-br0.1_a-b.json", "instances-br0.1_a-b.updated", "here.json", "here.updated"}
+    assert files(base).keys() == made
 
 
 WRONG = "|add|add MAC|--renam MAC web|--rename MAC|--rename MAC web x|--remove MAC x|--initialize br0|-x|--|--edit"
@@ -547,12 +543,6 @@ def test_nameless_instance_gets_the_name_of_a_later_lease(base, entry, action, v
     assert result.stdout == f"instances-update.py: {MAC} None: named\n" and read(base)[MAC]["name"] == "None"
     assert read(base)[OTHER] == entry and base.with_suffix(".updated").exists()
     assert unchanged(lease, base, action, MAC, "10.83.0.11", "db", **variables) == ""
-
-
-@pytest.mark.parametrize("hostname", ["", "3cx", "DB"])
-def test_nameless_instance_stays_so_without_a_word_where_the_name_is_unusable(base, hostname):
-    write(base, {MAC: {"name": "", "ipv4": "10.83.0.11"}, OTHER: {"name": "db"}})
-    assert unchanged(lease, base, "old", MAC, "10.83.0.11", hostname) == ""
 
 
 def test_allow_replaces_what_was_allowed_and_is_idempotent(base):
