@@ -165,9 +165,6 @@ def test_all_is_done_under_the_lock_and_a_file_is_on_disk_before_its_rename_and_
         position = found.end()
 
 
-ERRORS = ("error=ENOSPC", "error=EACCES")  # of which Python makes exceptions of different kinds
-
-
 @EACH
 def test_error_at_any_open_write_sync_or_rename_is_one_line(stages, tmp_path, start):
     def check(stages, folder, result, call):
@@ -179,7 +176,8 @@ def test_error_at_any_open_write_sync_or_rename_is_one_line(stages, tmp_path, st
         # Where the new registry is in place, the error was of the folder, at last
         assert start == "changed" or was_old or call in ("openat", "fsync")
 
-    inject(stages, start, tmp_path, ERRORS, check, CHANGING)
+    # Of these two errors, Python makes exceptions of different kinds
+    inject(stages, start, tmp_path, ("error=ENOSPC", "error=EACCES"), check, CHANGING)
 
 
 @EACH
