@@ -63,7 +63,7 @@ def stages(tmp_path_factory):
         shutil.copytree(root / former, root / name)
         run_script(*run, base=root / name / "instances")
     shutil.copytree(root / "changed", root / "unmarked")
-    (root / "unmarked" / "instances.updated").unlink()
+    (root / "unmarked" / "instances.updated").unlink(missing_ok=True)
     return folders
 
 

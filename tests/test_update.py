@@ -452,9 +452,9 @@ def test_initialize_replaces_the_instance_and_takes_from_others(host):
     own = {"name": "old", "ipv4": "10.9.9.9", "ipv6_ula": "fd83:5eed::1", "note": "x"}
     write(host.base, {HOST_MAC: own, MAC: {"name": "Host", "ipv4": "10.83.0.1"}})
     host.run("ip", "address", "flush", "dev", "br0", "to", "fd83:5eed::1")
+    host.run("ip", "address", "add", "fe80::83/64", "dev", "br0", "nodad")
     initialize(host)
-    own = {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_lla": "fe80::1266:6aff:fe4c:a1fe"}
-    own["note"] = "x"
+    own = {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::1", "ipv6_lla": "fe80::83", "note": "x"}
     assert host.registry() == {HOST_MAC: own, MAC: {"name": ""}}
     for theirs in ({"name": "HOST"}, {"name": "", "ipv6_gua": "2001:67c:83::1"}):
         write(host.base, {MAC: theirs, HOST_MAC: own})
@@ -462,25 +462,20 @@ def test_initialize_replaces_the_instance_and_takes_from_others(host):
         assert host.registry() == {MAC: {"name": ""}, HOST_MAC: own}
 
 
-def test_initialize_takes_no_temporary_address(host):
-    host.run("ip", "address", "flush", "dev", "br0", "to", "2001:67c:83::1")
+def test_initialize_takes_the_primary_address_and_none_that_is_temporary_or_deprecated(host):
     host.client("port", MAC)  # an interface without a carrier has no temporary addresses
     host.set("net/ipv6/conf/br0/use_tempaddr", "2")
+    host.run("ip", "address", "del", "2001:67c:83::1/80", "dev", "br0")
     lifetimes = ("valid_lft", "2000", "preferred_lft", "1000")
-    host.run("ip", "address", "add", "2001:67c:83::8/64", "dev", "br0", "nodad", "mngtmpaddr", *lifetimes)
+    host.run("ip", "address", "add", "2001:67c:83::9/64", "dev", "br0", "nodad", "mngtmpaddr", *lifetimes)
+    host.run("ip", "address", "add", "2001:67c:83::8/80", "dev", "br0", "nodad", "preferred_lft", "0")
+    for address in ("10.83.0.2/24", "2001:db8::9/64", "169.254.7.7/16"):
+        host.run("ip", "address", "add", address, "dev", "br0", "nodad")
     wait_for(lambda: "temporary" in host.run("ip", "address", "show", "dev", "br0").stdout, "a temporary address")
     initialize(host)
-    assert host.registry()[HOST_MAC]["ipv6_gua"] == "2001:67c:83::8"
-
-
-def test_initialize_takes_the_primary_address_and_none_that_is_deprecated(host):
-    host.run("ip", "address", "del", "2001:67c:83::1/80", "dev", "br0")
-    host.run("ip", "address", "add", "2001:67c:83::8/80", "dev", "br0", "nodad", "preferred_lft", "0")
-    for address in ("10.83.0.2/24", "2001:db8::9/64", "169.254.7.7/16", "fe80::83/64"):
-        host.run("ip", "address", "add", address, "dev", "br0", "nodad")
-    initialize(host)
-    own = {"name": "host", "ipv4": "10.83.0.1", "ipv6_ula": "fd83:5eed::1", "ipv6_lla": "fe80::83"}
-    assert host.registry()[HOST_MAC] == own | {"allowed": ["10.83.0.2", "2001:67c:83::8"]}
+    own = {"name": "host", "ipv4": "10.83.0.1", "ipv6_gua": "2001:67c:83::9", "ipv6_ula": "fd83:5eed::1"}
+    own |= {"ipv6_lla": "fe80::1266:6aff:fe4c:a1fe", "allowed": ["10.83.0.2", "2001:67c:83::8"]}
+    assert host.registry()[HOST_MAC] == own
 
 
 def lease_on(host, address):
