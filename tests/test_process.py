@@ -180,21 +180,6 @@ def test_invalid_entry_is_left_out_with_a_warning_and_reaches_no_output(base, fi
         }
 
 
-def test_same_address_and_name_twice_in_an_edited_registry_still_load(base):
-    twice = {mac: {"name": "web", "ipv4": "10.0.0.1", "ipv6_lla": "fe80::1"} for mac in (MAC, OTHER)}
-    make(base, twice, INSTANCES_ADDRESS_SETS="web")
-
-
-def test_outputs_keep_mode_owner_and_link(base):
-    prepare(base, {})
-    (base.parent / "far").touch()
-    (base.parent / "far").chmod(0o600)
-    base.with_suffix(".hosts").symlink_to("far")
-    assert run(base).returncode == 0
-    assert base.with_suffix(".hosts").is_symlink() and (base.parent / "far").stat().st_mode & 0o777 == 0o600
-    assert not [name for name in os.listdir(base.parent) if name.endswith(".tmp")]
-
-
 def test_allowed_addresses_and_networks_are_elements_of_the_chains_sets_only(base):
     allowed = ["10.0.0.50", "10.0.0.1", "10.9.0.0/24", "10.9.0.128/25", "2001:67c::50", "x", "2001:67c:9::/64"]
     registry = {MAC: {"name": "web", "ipv4": "10.0.0.1", "allowed": allowed}, OTHER: {"name": "", "allowed": allowed}}

@@ -180,13 +180,15 @@ def test_look_up_does_not_find_a_lease_in_an_edited_registry_that_has_it_not(upd
 
 
 @given(REGISTRY | JSON)
+@example({f"{MAC[:-1]}{n}": {"name": "web", "ipv4": "10.0.0.1", "ipv6_lla": "fe80::1"} for n in (1, 2)})
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_is_refused_or_makes_outputs_that_parse_and_say_what_it_says(process, registry):
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "instances"
         base.with_suffix(".json").write_text(json.dumps(registry))
         base.with_suffix(".updated").touch()
-        result = subprocess.run([sys.executable, PROCESS], env=environment(base), capture_output=True, text=True)
+        env = environment(base, INSTANCES_ADDRESS_SETS="web")
+        result = subprocess.run([sys.executable, PROCESS], env=env, capture_output=True, text=True)
         assert "Traceback" not in result.stderr
         if not (isinstance(registry, dict) and all(isinstance(i, dict) for i in registry.values())):
             assert result.returncode == 1 and result.stderr.count("\n") == 1
