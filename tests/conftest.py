@@ -13,7 +13,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment, run_script
+from lab import OPEN, PROCESS, UPDATE, Host, Namespace, environment, run_script, wait_for
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a shell's background job, whose children ignore it
 sys.dont_write_bytecode = True  # pytest-xdist's workers do not inherit -B, and the top level is to hold nothing else
@@ -94,6 +94,18 @@ def lock_held(base):
             yield holder
         finally:
             holder.kill()
+
+
+@contextlib.contextmanager
+def waiting_for_the_lock(base, *command):
+    """Have a script wait for the lock, which another process holds; give that process and the script's."""
+    need("strace")
+    log, pipes = base.parent / "strace", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    traced = ["strace", "-o", log, sys.executable, *command]
+    with lock_held(base) as holder:
+        waiting = subprocess.Popen(traced, env=environment(base), text=True, start_new_session=True, **pipes)
+        wait_for(lambda: log.exists() and "EAGAIN" in log.read_text(), "a try to lock")
+        yield holder, waiting
 
 
 @contextlib.contextmanager

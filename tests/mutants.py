@@ -117,7 +117,7 @@ MUTANTS = [
     # Nothing lost
     ("a marker before each change", UPDATE,
      "                make_marker(base)  # before the change, so that none is ever without it\n", "",
-     "faults::test_update_killed_at_any_point_loses_nothing"),
+     "faults::test_run_killed_at_any_point_loses_nothing[before]"),
     ("on disk", UPDATE, "            os.fsync(file.fileno())\n", "",
      "faults::test_all_is_done_under_the_lock_and_a_file_is_on_disk_before_its_rename_and_the_folder_after"),
     ("nothing half done", UPDATE, "            os.unlink(temporary)\n        raise", "            pass\n        raise",

@@ -13,8 +13,10 @@ from lab import APPLY, EDIT, EXAMPLES, PROCESS, TOP, UPDATE, block, bound, envir
 
 FOLDER = EXAMPLES / "debian"
 DEBIAN = FOLDER / "debian"
+DOCUMENTS = "root/usr/share/doc/instances"  # in the folder of what was built
 PROGRAMS = (UPDATE, PROCESS, APPLY, EDIT, EXAMPLES / "show" / "instances-show")
 CHECK = EXAMPLES / "show" / "instances-check"  # has no page of its own
+UNITS = [EXAMPLES / "systemd" / f"instances{end}" for end in (".path", "@.path", ".service", ".timer")]
 pytestmark = pytest.mark.slow
 VARIABLE = re.compile(r"\b(?:INSTANCES|DNSMASQ)_[A-Z_]+\b")
 DEFAULTS = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "README.md").read_text(), re.MULTILINE)
@@ -23,6 +25,11 @@ DEFAULTS = re.findall(r"^\| `(INSTANCES_\w+)` \| .* \| `?(.*?)`? \|$", (TOP / "R
 def indented(text: str) -> str:
     """Return the lines of a text that are indented by two spaces."""
     return "".join(re.findall("^  (.*\n)", text, re.MULTILINE))
+
+
+def links(text: str) -> list[str]:
+    """Return the links of a page to files."""
+    return re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
 
 
 @pytest.fixture(scope="module")
@@ -45,50 +52,34 @@ def test_package_has_the_scripts_with_debians_python(built):
     for program in (*PROGRAMS, CHECK):
         installed = built / "root" / "usr" / "sbin" / program.name
         assert installed.stat().st_mode & 0o777 == 0o755
-        first, *rest = installed.read_text().splitlines()
-        assert first == "#!/usr/bin/python3"
-        assert rest == program.read_text().splitlines()[1:]
-
-
-UNITS = [
-    EXAMPLES / "systemd" / name
-    for name in ("instances.path", "instances@.path", "instances.service", "instances.timer")
-]
+        _, _, rest = program.read_text().partition("\n")
+        assert installed.read_text() == f"#!/usr/bin/python3\n{rest}"
 
 
 def test_package_has_units_and_examples_with_its_own_paths(built):
-    root = built / "root"
-    documents = root / "usr" / "share" / "doc" / "instances"
-    (units,) = (path.parent for path in root.rglob("system/instances.service"))
+    documents = built / DOCUMENTS
+    (units,) = (path.parent for path in (built / "root").rglob("system/instances.service"))
     named = set()
     for source in [*UNITS, EXAMPLES / "dnsmasq" / "br0.conf"]:
         installed = units / source.name if source in UNITS else documents / source.relative_to(TOP)
         assert installed.read_text() == source.read_text().replace("/usr/local/sbin/instances", "/usr/sbin/instances")
         named |= set(re.findall("/usr/[a-z/]*sbin/instances[a-z.-]*", installed.read_text()))
     assert named == {"/usr/sbin/instances-update.py", "/usr/sbin/instances-apply"}
-    for folder in ("incus", "libvirt", "nftables", "egress"):
-        for source in (EXAMPLES / folder).iterdir():
-            installed = documents / source.relative_to(TOP)
-            assert source.name == "README.md" or installed.read_text() == source.read_text()
-            assert installed.stat().st_mode & 0o777 == source.stat().st_mode & 0o755
+    for source in [path for name in ("incus", "libvirt", "nftables", "egress") for path in (EXAMPLES / name).iterdir()]:
+        installed = documents / source.relative_to(TOP)
+        assert source.name == "README.md" or installed.read_text() == source.read_text()
+        assert installed.stat().st_mode & 0o777 == source.stat().st_mode & 0o755
 
 
-def test_pages_of_the_package_link_to_what_it_has(built):
-    documents = built / "root" / "usr" / "share" / "doc" / "instances"
+def test_package_has_every_page_and_what_its_pages_link_to(built):
+    documents = built / DOCUMENTS
     for page in documents.rglob("README.md*"):
-        text = run("zcat", "-f", page).stdout
-        links = re.findall(r"\]\((?!https?:|#)([^)#]*)", text)
-        for link in links:
+        for link in links(run("zcat", "-f", page).stdout):
             there = page.parent / link
             assert there.exists() or Path(f"{there}.gz").exists(), f"{page}: {link}"
-
-
-def test_package_has_every_page_that_its_readmes_name(built):
-    documents, named = built / "root" / "usr" / "share" / "doc" / "instances", set()
-    for readme in (TOP / "README.md", EXAMPLES / "README.md"):
-        links = re.findall(r"\]\((?!https?:|#)([^)#]*)", readme.read_text())
-        named |= {(readme.parent / link).resolve() for link in links if "tests" not in link and link}
-    pages = {path / "README.md" for path in named if path.is_dir()} - {EXAMPLES / "README.md"}
+    readmes = (TOP / "README.md", EXAMPLES / "README.md")
+    named = {(readme.parent / link).resolve() for readme in readmes for link in links(readme.read_text())}
+    pages = {path / "README.md" for path in named if path.is_dir()} - {EXAMPLES / "README.md", TOP / "tests/README.md"}
     assert pages == {*EXAMPLES.glob("*/README.md")}
     for page in pages:
         assert [*documents.glob(f"{page.relative_to(TOP)}*")], page
@@ -105,10 +96,9 @@ def test_version_is_that_of_the_changelog_and_grows_with_each_build(built):
 def test_upgrade_stops_no_unit_and_restarts_those_that_run(built):
     scripts = {path.name: path.read_text() for path in (built / "control").glob("p*")}
     assert scripts.keys() == {"postinst", "prerm", "postrm"}  # debhelper's preinst would stop them
-    invoked = re.findall(r"deb-systemd-invoke (\S+) (.*) >", scripts["postinst"])
-    assert [(word, sorted(re.findall(r"instances\.\w+", units))) for word, units in invoked] == [
-        ("try-restart", ["instances.path", "instances.service", "instances.timer"])
-    ]
+    (invoked,) = re.findall(r"deb-systemd-invoke (\S+) (.*) >", scripts["postinst"])
+    assert invoked[0] == "try-restart"
+    assert {*re.findall(r"instances\.\w+", invoked[1])} == {"instances.path", "instances.service", "instances.timer"}
 
 
 def test_settings_are_a_conffile_in_which_nothing_is_set(built):
@@ -135,24 +125,22 @@ def test_manual_page_says_what_the_program_does(built, program):
     assert result.stderr == ""
     text = re.sub(".\b", "", result.stdout)
     sections = dict(re.findall("^([A-Z ]+)\n(.*?)(?=^[A-Z])", text, re.MULTILINE | re.DOTALL))
-    source = program.read_text()
-    variables = set(VARIABLE.findall(source))
+    variables = set(VARIABLE.findall(program.read_text()))
     usage = run(program, "--help", env=environment(TOP)).stdout
-    statuses = set(re.findall(r"(?:Exit status: |, )(\d+) ", usage))
     lines = re.findall(rf"^(?:usage: | {{7}}){program.name}(.*?)(?:  .*)?$", usage, re.MULTILINE)
     synopsis = [line.split(program.name)[1] for line in sections["SYNOPSIS"].splitlines() if line.strip()]
-    assert [re.sub(r"[ ]*\|[ ]*", "|", line).strip() for line in synopsis] == [
-        re.sub(r"[ ]*\|[ ]*", "|", line).strip() for line in lines
-    ]
+    spelled, printed = ([re.sub(" *\\| *", "|", line).strip() for line in which] for which in (synopsis, lines))
+    assert spelled == printed
     assert set(VARIABLE.findall(sections["ENVIRONMENT"])) == variables
     assert set(re.findall(r"--[a-z]+", text)) - {"--help"} == set(re.findall(r"--[a-z]+", usage)) - {"--help"}
-    assert set(re.findall(r"^ {5}(\d+)", sections["EXIT STATUS"], re.MULTILINE)) == statuses
+    statuses = re.findall(r"^ {5}(\d+)", sections["EXIT STATUS"], re.MULTILINE)
+    assert set(statuses) == set(re.findall(r"(?:Exit status: |, )(\d+) ", usage))
     for name, default in DEFAULTS:
         if name in variables:
             assert re.search(rf"{name}\n[^\n]*by default ‘?{re.escape(default)}’?$", text, re.MULTILINE), name
 
 
-def test_printed_next_steps_are_those_of_the_pages():
+def test_printed_next_steps_and_the_lines_that_build_and_install_are_those_of_the_pages():
     steps = indented((DEBIAN / "instances.postinst").read_text().split("STEPS")[1])
     assert steps.startswith("mkdir") and steps.endswith("dnsmasq\n")
     readme = (DEBIAN / "README.Debian").read_text()
@@ -160,20 +148,15 @@ def test_printed_next_steps_are_those_of_the_pages():
     by_hand = block("README.md", "install -m 755")
     for command in ("instances-update.py --initialize", "systemctl enable", "systemctl restart"):
         assert re.search(f"^{command}.*", steps, re.MULTILINE)[0] in by_hand
-
-
-def test_both_pages_build_and_install_by_the_same_lines():
     lines = block("README.md", "examples/debian/build.sh")
     assert lines == block("examples/debian/README.md", "examples/debian/build.sh") and lines.count("\n") == 2
 
 
 def test_apparmor_takes_the_snippet_in_a_profile_of_dnsmasq(tmp_path):
     need("apparmor_parser")
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    profile = tmp_path / "usr.sbin.dnsmasq"
-    snippet = f'include "{FOLDER / "usr.sbin.dnsmasq"}"'
+    profile, snippet = tmp_path / "profile", f'include "{FOLDER / "usr.sbin.dnsmasq"}"'
     profile.write_text(f"include <tunables/global>\nprofile dnsmasq /usr/sbin/dnsmasq {{\n{snippet}\n}}\n")
-    parser = shutil.which("apparmor_parser", path=path)
+    parser = shutil.which("apparmor_parser", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     run(parser, "-Q", "-K", profile)
     assert run(parser, "-N", profile).stdout.split() == ["dnsmasq", "dnsmasq//instances_update"]
 

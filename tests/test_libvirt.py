@@ -1,12 +1,11 @@
 """The example libvirt, with what libvirt says to its hook; machines/incus.sh runs it with a real one."""
 
-import json
 import sys
 
 import pytest
 from conftest import lock_held
-from lab import EXAMPLES, HOST_MAC, environment, mounted
-from test_release import serve
+from lab import EXAMPLES, HOST_MAC, mounted
+from test_release import Managed, serve
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +17,10 @@ BEFORE = {
     SECOND: {"name": "box", "libvirt": OTHER_UUID},
     NOBODYS: {"name": "Mail"},
 }
+NAMES = {mac: instance["name"] for mac, instance in BEFORE.items()}
 INTERFACE = "<interface type='bridge'><mac address='{}'/><source bridge='{}'/>{}</interface>"
 FILTERED = "<filterref filter='clean-traffic'/>"
+ON_BR0 = INTERFACE.format(FIRST, "br0", FILTERED)
 # A command virsh that says what stands in a file, and ends with the status of another
 VIRSH = '#!/bin/sh\ncat "${0%/*}/says"\nexit "$(cat "${0%/*}/status")"\n'
 # Another host runs the one domain, and has defined the other; a third host does not answer
@@ -38,41 +39,30 @@ def domain(name, *interfaces):
     return f"<domain><name>{name}</name><uuid>{UUID}</uuid><devices>{''.join(interfaces)}</devices></domain>"
 
 
-def names(text):
-    return {mac: instance["name"] for mac, instance in json.loads(text).items()}
-
-
-class Libvirt:
+class Libvirt(Managed):
     """A host with br0, the registry of before, and a command virsh."""
 
     def __init__(self, host):
-        self.host, self.folder = host, host.folder / "bin"
-        self.folder.mkdir()
-        self.registry = host.folder / "instances.json"
-        self.registry.write_text(json.dumps(BEFORE))
-        (self.folder / "virsh").write_text(VIRSH)
-        (self.folder / "virsh").chmod(0o755)
+        super().__init__(host, BEFORE, virsh=VIRSH)
         (host.folder / "default" / "libvirt" / "qemu").mkdir(parents=True)
-        serve(host)
-        self.env = environment(host.base)
-        self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
 
     def hook(self, *arguments, xml=""):
-        """Run the hook, with no journal to write to; it ends well whatever happens. Return the registry's text."""
+        """Run the hook, with no journal to write to; it ends well whatever happens."""
         command = mounted(dict.fromkeys(["/run", "/etc/default", "/var/log"], self.host.folder / "default"))
         command += [sys.executable, EXAMPLES / "libvirt" / "qemu", *arguments]
         result = self.host.run(*command, env=self.env, input=xml, check=False)
         assert (result.returncode, result.stdout) == (0, ""), result.stderr
-        return self.registry.read_text()
 
     def start(self, name, *interfaces):
         """Say that a domain starts; return the names in the registry."""
-        return names(self.hook(name, "start", "begin", "-", xml=domain(name, *interfaces)))
+        self.hook(name, "start", "begin", "-", xml=domain(name, *interfaces))
+        return self.names()
 
     def compare(self, says="", status=0):
         (self.folder / "says").write_text(says)
         (self.folder / "status").write_text(f"{status}\n")
-        return names(self.hook())
+        self.hook()
+        return self.names()
 
 
 @pytest.fixture
@@ -80,127 +70,92 @@ def libvirt(host):
     return Libvirt(host)
 
 
-def unchanged(libvirt):
-    return json.loads(libvirt.registry.read_text()) == BEFORE
-
-
 def test_libvirt_example_names_all_interfaces_on_the_bridge_before_the_first_lease(libvirt):
     nets = [INTERFACE.format(THIRD.upper(), "br0", FILTERED), INTERFACE.format("52:54:00:00:00:09", "virbr0", "")]
-    found = libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED), *nets)
+    found = libvirt.start("box", ON_BR0, *nets)
     assert found == {HOST_MAC: "host", FIRST: "box", SECOND: "", THIRD: "box-2", NOBODYS: "Mail"}
-    registry = json.loads(libvirt.registry.read_text())
-    assert registry[FIRST] == {"name": "box", "ipv4": "10.83.0.11", "libvirt": UUID}
-    assert registry[THIRD] == {"name": "box-2", "ipv6_lla": "fe80::5054:ff:fe00:3", "libvirt": UUID}
+    entries = libvirt.entries()
+    assert entries[FIRST] == {"name": "box", "ipv4": "10.83.0.11", "libvirt": UUID}
+    assert entries[THIRD] == {"name": "box-2", "ipv6_lla": "fe80::5054:ff:fe00:3", "libvirt": UUID}
     marker = libvirt.host.folder / "instances.updated"
     marker.unlink()
-    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED), *nets)
-    assert json.loads(libvirt.registry.read_text()) == registry and not marker.exists()
-
-
-@pytest.mark.parametrize("name", ["host", "mail", "7up", "b" * 64])
-def test_libvirt_example_takes_no_name_from_others_and_gives_none_that_is_not_one(libvirt, name):
-    found = libvirt.start(name, INTERFACE.format(THIRD, "br0", ""))
-    assert found == names(json.dumps(BEFORE)) | {THIRD: ""}
+    libvirt.start("box", ON_BR0, *nets)
+    assert libvirt.entries() == entries and not marker.exists()
 
 
 def test_libvirt_example_has_its_settings_from_the_file_since_libvirt_passes_no_variables(libvirt):
     settings = libvirt.host.folder / "default" / "instances"
     settings.write_text(f"# which\nINSTANCES_BASE_PATH='{libvirt.host.base}' # a registry\n")
     del libvirt.env["INSTANCES_BASE_PATH"]
-    assert libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))[FIRST] == "box"
+    assert libvirt.start("box", ON_BR0)[FIRST] == "box"
 
 
-def test_libvirt_example_puts_a_hyphen_for_what_no_name_in_dns_has(libvirt):
-    for domain_name, name in (("my vm", "my-vm"), ("ubuntu22.04", "ubuntu22-04"), ("win2k22_dc (2)", "win2k22-dc--2")):
-        assert libvirt.start(domain_name, INTERFACE.format(THIRD, "br0", FILTERED))[THIRD] == name
+def test_libvirt_example_takes_no_name_from_others_and_puts_a_hyphen_for_what_no_name_in_dns_has(libvirt):
+    names = {"host": "", "mail": "", "7up": "", "b" * 64: ""}
+    names |= {"my vm": "my-vm", "ubuntu22.04": "ubuntu22-04", "win2k22_dc (2)": "win2k22-dc--2"}
+    for domain_name, name in names.items():
+        assert libvirt.start(domain_name, INTERFACE.format(THIRD, "br0", "")) == NAMES | {THIRD: name}
 
 
-def test_libvirt_example_leaves_the_host_alone_when_a_domain_has_its_mac_address(libvirt):
-    libvirt.start("box", INTERFACE.format(HOST_MAC, "br0", FILTERED))
-    assert unchanged(libvirt)
+def test_libvirt_example_does_nothing_at_other_times_or_by_what_is_no_guest_s_domain(libvirt):
+    """The last has the host's MAC address."""
+    odd, hosts = domain("box", "<interface><mac/></interface>"), domain("box", INTERFACE.format(HOST_MAC, "br0", ""))
+    calls = [("start", xml) for xml in ("", "<domain>", "no xml", domain("box"), odd, hosts)]
+    operations = ("prepare", "started", "stopped", "release", "migrate", "restore", "unheard-of")
+    calls += [(operation, domain("box", ON_BR0)) for operation in operations]
+    for operation, xml in calls:
+        libvirt.hook("box", operation, "begin", "-", xml=xml)
+        assert libvirt.entries() == BEFORE
 
 
-@pytest.mark.parametrize("operation", ["prepare", "started", "stopped", "release", "migrate", "restore", "unheard-of"])
-def test_libvirt_example_does_nothing_at_other_times(libvirt, operation):
-    libvirt.hook("box", operation, "begin", "-", xml=domain("box", INTERFACE.format(FIRST, "br0", "")))
-    assert unchanged(libvirt)
-
-
-WHATEVER = ["", "<domain>", "no xml", domain("box"), domain("box", "<interface><mac/></interface>")]
-
-
-@pytest.mark.parametrize("xml", WHATEVER)
-def test_libvirt_example_lets_a_domain_start_whatever_comes(libvirt, xml):
-    libvirt.hook("box", "start", "begin", "-", xml=xml)
-    assert unchanged(libvirt)
-
-
-def test_libvirt_example_lets_a_domain_start_without_a_registry_or_its_lock(libvirt):
+def test_libvirt_example_lets_a_domain_start_without_a_lock_or_instances_update_or_a_registry(libvirt):
     with lock_held(libvirt.host.base):
-        libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
-    assert unchanged(libvirt)
+        libvirt.start("box", ON_BR0)
+    assert libvirt.entries() == BEFORE
+    path, libvirt.env["PATH"] = libvirt.env["PATH"], "/usr/sbin:/usr/bin"
+    libvirt.start("box", ON_BR0)
+    assert libvirt.entries() == BEFORE
+    libvirt.env["PATH"] = path
     libvirt.registry.write_text("{")
-    assert libvirt.hook("box", "start", "begin", "-", xml=domain("box", INTERFACE.format(FIRST, "br0", ""))) == "{"
+    libvirt.hook("box", "start", "begin", "-", xml=domain("box", ON_BR0))
+    assert libvirt.registry.read_text() == "{"
 
 
-def test_libvirt_example_lets_a_domain_start_without_instances_update(libvirt):
-    libvirt.env["PATH"] = "/usr/sbin:/usr/bin"
-    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
-    assert unchanged(libvirt)
-
-
-def test_libvirt_example_removes_what_libvirt_has_no_more(libvirt):
-    assert SECOND in libvirt.compare(f"{UUID}\n{OTHER_UUID}\n")
-    assert libvirt.compare(f"{UUID}\n").keys() == BEFORE.keys() - {SECOND}
-
-
-def test_libvirt_example_removes_nothing_while_libvirt_does_not_answer(libvirt):
-    libvirt.compare("", 1)
-    assert unchanged(libvirt)
-    (libvirt.folder / "virsh").unlink()
+def test_libvirt_example_removes_what_libvirt_has_no_more_and_nothing_while_it_or_dnsmasq_does_not_answer(libvirt):
+    assert libvirt.compare(f"{UUID}\n{OTHER_UUID}\n") == libvirt.compare("", 1) == NAMES
+    virsh = (libvirt.folder / "virsh").rename(libvirt.folder / "none")
     libvirt.hook()
-    assert unchanged(libvirt)
-
-
-def test_libvirt_example_keeps_a_domain_until_its_leases_are_ended(libvirt):
+    assert libvirt.entries() == BEFORE
+    virsh.rename(libvirt.folder / "virsh")
     libvirt.host.stop_dnsmasq()
     libvirt.compare()
-    assert unchanged(libvirt)
+    assert libvirt.entries() == BEFORE
     leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
-    assert SECOND not in libvirt.compare() and leases.read_text() == ""
+    assert libvirt.compare(f"{UUID}\n").keys() == BEFORE.keys() - {SECOND} and leases.read_text() == ""
 
 
 def test_libvirt_example_changes_nothing_on_a_host_that_follows_another(libvirt):
     """Nor does it end a lease: who writes the registry compares it with the libvirts of all hosts."""
-    libvirt.host.stop_dnsmasq()
     leases = serve(libvirt.host, f"{SECOND} 10.83.0.112 ubuntu *")
     follows = libvirt.host.folder / "instances.follows"
     follows.write_text("a writes it")
-    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
+    libvirt.start("box", ON_BR0)
     libvirt.compare()
-    assert unchanged(libvirt) and SECOND in leases.read_text()
+    assert libvirt.entries() == BEFORE and SECOND in leases.read_text()
     follows.unlink()
     assert SECOND not in libvirt.compare()
 
 
-MOVED = "starting up\nshutting down, reason=migrated\nterminating on signal 15\n"
-
-
-@pytest.mark.parametrize(
-    ("reason", "log", "stays"),
-    [
-        ("migrated", "", True),
-        ("-", MOVED, True),
-        ("shutdown", "", False),
-        ("-", f"{MOVED}starting up\nshutting down, reason=destroyed\n", False),
-    ],
-)
-def test_libvirt_example_keeps_a_domain_that_has_moved_to_another_host(libvirt, reason, log, stays):
+def test_libvirt_example_keeps_a_domain_that_has_moved_to_another_host(libvirt):
     """Here, libvirt does not know it any more, as after it was undefined."""
-    (libvirt.host.folder / "default" / "libvirt" / "qemu" / "box.log").write_text(log)
-    libvirt.start("box", INTERFACE.format(FIRST, "br0", FILTERED))
-    libvirt.hook("box", "release", "end", reason, xml=domain("box"))
-    assert (FIRST in libvirt.compare(f"{OTHER_UUID}\n")) == stays
+    moved = "starting up\nshutting down, reason=migrated\nterminating on signal 15\n"
+    again = f"{moved}starting up\nshutting down, reason=destroyed\n"
+    cases = [("", "migrated", True), (moved, "-", True), ("", "shutdown", False), (again, "-", False)]
+    for log, reason, stays in cases:
+        (libvirt.host.folder / "default" / "libvirt" / "qemu" / "box.log").write_text(log)
+        libvirt.start("box", ON_BR0)
+        libvirt.hook("box", "release", "end", reason, xml=domain("box"))
+        assert (FIRST in libvirt.compare(f"{OTHER_UUID}\n")) == stays
 
 
 def test_libvirt_example_compares_with_the_libvirts_of_all_hosts(libvirt):
@@ -208,9 +163,11 @@ def test_libvirt_example_compares_with_the_libvirts_of_all_hosts(libvirt):
     xml = domain("far", INTERFACE.format(THIRD, "br0", FILTERED)).replace("</domain>", "\n</domain>")
     (libvirt.folder / "far").write_text(xml.replace("<domain>", "<domain type='qemu'>"))
     (libvirt.folder / "virsh").write_text(SEVERAL)
-    found = names(libvirt.hook("qemu:///system", "qemu+ssh://b/system"))
-    assert found == names(json.dumps(BEFORE)) | {THIRD: "far"}
+    libvirt.hook("qemu:///system", "qemu+ssh://b/system")
+    assert libvirt.names() == NAMES | {THIRD: "far"}
     (libvirt.folder / "virsh").write_text(SEVERAL.replace(UUID, "").replace(OTHER_UUID, ""))
-    before = libvirt.registry.read_text()
-    assert libvirt.hook("qemu:///system", "qemu+ssh://c/system") == before
-    assert names(libvirt.hook("qemu:///system", "qemu+ssh://b/system")).keys() == {HOST_MAC, FIRST, NOBODYS}
+    before = libvirt.entries()
+    libvirt.hook("qemu:///system", "qemu+ssh://c/system")
+    assert libvirt.entries() == before
+    libvirt.hook("qemu:///system", "qemu+ssh://b/system")
+    assert libvirt.entries().keys() == {HOST_MAC, FIRST, NOBODYS}

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from conftest import PROGRAMS, need
-from lab import EXAMPLES, Host, block, has_ibrname, wait_for
+from conftest import need
+from lab import EXAMPLES, block, has_ibrname, wait_for
 
 pytestmark = pytest.mark.slow
-PORTS = {"lxc-web": "10:66:6a:00:00:21", "vb-db": "10:66:6a:00:00:22", "vm-mail": "10:66:6a:00:00:23"}
+PORTS = {name: f"10:66:6a:00:00:{number}" for number, name in enumerate(("lxc-web", "vb-db", "vm-mail", "other"), 21)}
 
 
 def become(client, mac):
@@ -27,11 +27,10 @@ def reaches(client, *others):
 @pytest.fixture
 def guests(host):
     """The page's three guests and one that has a port of another name."""
-    found = []
-    for number, (port, mac) in enumerate([*PORTS.items(), ("other", "10:66:6a:00:00:24")], 21):
-        found.append(host.client(port, mac, port=port))
-        found[-1].number = number
-        found[-1].run("ip", "address", "add", f"10.83.0.{number}/24", "dev", "eth0")
+    found = [host.client(port, mac, port=port) for port, mac in PORTS.items()]
+    for client in found:
+        client.number = int(client.mac[-2:])
+        client.run("ip", "address", "add", f"10.83.0.{client.number}/24", "dev", "eth0")
     for client in found:
         wait_for(lambda c=client: reaches(c, *found), client.label)
     return found
@@ -59,10 +58,9 @@ def test_bridge_holds_a_locked_port_to_its_mac_address(guests, host):
     """Also if it had another one, which the bridge has learned, a moment before."""
     web, db, mail, _ = guests
     before = "02:00:00:00:00:01"
-    become(mail, before)
-    wait_for(lambda: reaches(mail, db), "before it is locked")
-    become(mail, mail.mac)
-    wait_for(lambda: reaches(mail, db), "before it is locked")
+    for mac in (before, mail.mac):
+        become(mail, mac)
+        wait_for(lambda: reaches(mail, db), "before it is locked")
     host.run("sh", "-euc", block("examples/plain/README.md", "locked on"))
     wait_for(lambda: reaches(mail, web, db), "its own MAC address")
     for mac in (before, web.mac, host.mac):
@@ -73,20 +71,17 @@ def test_bridge_holds_a_locked_port_to_its_mac_address(guests, host):
 
 
 @pytest.mark.parametrize("fixed", [True, False])
-def test_bridge_by_ifupdown_keeps_its_mac_address_whoever_joins(tmp_path, fixed):
+def test_bridge_by_ifupdown_keeps_its_mac_address_whoever_joins(host, fixed):
     """Without the address in the stanza it has that of its lowest port."""
-    need(*PROGRAMS, "ifup")
-    host = Host(tmp_path, bridge=False)
-    try:
-        stanza = (EXAMPLES / "plain" / "br0").read_text()
-        (tmp_path / "br0").write_text(stanza if fixed else stanza.replace("address 10:66:6a:4c:a1:fe ", ""))
-        command = ["-i", tmp_path / "br0", "--state-dir", tmp_path, "br0"]
-        host.run("ifup", *command)
-        host.run("ip", "link", "add", "port", "address", "02:00:00:00:00:01", "type", "veth", "peer", "name", "peer")
-        host.run("ip", "link", "set", "port", "master", "br0", "up")
-        assert ("10:66:6a:4c:a1:fe" in host.run("ip", "link", "show", "br0").stdout) == fixed
-        assert host.run("ip", "address", "show", "br0").stdout.count("scope global") == 3
-        host.run("ifdown", *command)
-        assert host.run("ip", "link", "show", "br0", check=False).returncode
-    finally:
-        host.close()
+    need("ifup")
+    host.run("ip", "link", "delete", "br0")
+    stanza, copy = (EXAMPLES / "plain" / "br0").read_text(), host.folder / "br0"
+    copy.write_text(stanza if fixed else stanza.replace("address 10:66:6a:4c:a1:fe ", ""))
+    command = ["-i", copy, "--state-dir", host.folder, "br0"]
+    host.run("ifup", *command)
+    host.run("ip", "link", "add", "port", "address", "02:00:00:00:00:01", "type", "veth", "peer", "name", "peer")
+    host.run("ip", "link", "set", "port", "master", "br0", "up")
+    assert ("10:66:6a:4c:a1:fe" in host.run("ip", "link", "show", "br0").stdout) == fixed
+    assert host.run("ip", "address", "show", "br0").stdout.count("scope global") == 3
+    host.run("ifdown", *command)
+    assert host.run("ip", "link", "show", "br0", check=False).returncode

@@ -14,6 +14,7 @@ from conftest import check_nft
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from lab import PROCESS, UPDATE, environment
+from test_process import sets_of
 
 FIELDS = ("ipv4", "ipv6_gua", "ipv6_ula", "ipv6_lla")
 MACS = st.sampled_from([f"10:66:6a:00:00:0{n}" for n in range(4)])
@@ -28,24 +29,18 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-UNKNOWN = st.dictionaries(st.text(min_size=1).filter(lambda key: key not in ("name", *FIELDS)), JSON, max_size=2)
+KEYS = st.text(min_size=1).filter(lambda key: key not in ("name", *FIELDS))
+UNKNOWN = st.dictionaries(KEYS, JSON, max_size=2)
 KINDS = st.sampled_from(["by hand", "add", "old", "reminder"])
 LEASE = st.tuples(st.just("lease"), MACS, st.sampled_from(ADDRESSES), st.sampled_from(NAMES + BAD_NAMES), KINDS)
 RENAME = st.tuples(st.just("rename"), MACS, st.sampled_from(NAMES))
 REMOVE = st.tuples(st.just("remove"), MACS)
-INITIALIZE = st.tuples(
-    st.just("initialize"),
-    MACS,
-    st.fixed_dictionaries(
-        {"name": st.sampled_from(NAMES), "ipv6_lla": st.just("fe80::83")},
-        optional={
-            "ipv4": st.just("10.0.0.1"),
-            "ipv6_gua": st.just("2001:67c::1"),
-            "ipv6_ula": st.just("fd00::1"),
-            "allowed": st.just(["10.0.0.2", "2001:67c::2"]),
-        },
-    ),
+OWN = {"ipv4": "10.0.0.1", "ipv6_gua": "2001:67c::1", "ipv6_ula": "fd00::1", "allowed": ["10.0.0.2", "2001:67c::2"]}
+OWN_FIELDS = st.fixed_dictionaries(
+    {"name": st.sampled_from(NAMES), "ipv6_lla": st.just("fe80::83")},
+    optional={field: st.just(value) for field, value in OWN.items()},
 )
+INITIALIZE = st.tuples(st.just("initialize"), MACS, OWN_FIELDS)
 NETWORKS = [*ADDRESSES[:6], "10.0.0.0/31", "10.9.0.0/24", "10.9.0.128/25", "2001:67c:9::/64", "fd00::/126"]
 ALLOW = st.tuples(st.just("allow"), MACS, st.lists(st.sampled_from(NETWORKS), max_size=4))
 EVENT = LEASE | RENAME | REMOVE | INITIALIZE | ALLOW
@@ -81,55 +76,39 @@ def check_invariants(update, registry):
         assert len(values) == len(set(values))
 
 
+def check_lease(before, registry, lease):
+    """Check that a lease changes another instance only by taking its address, and its own name only if that is none."""
+    _, mac, address, hostname, kind = lease
+    for other in before.keys() - {mac}:
+        taken = [value for field, value in before[other].items() if registry[other].get(field) != value]
+        assert taken in ([], [address] if kind == "by hand" or kind == "add" and "." in address else [])
+        assert registry[other].keys() <= before[other].keys()
+    if mac in before:
+        old, new = before[mac], registry[mac]
+        assert old["name"] == new["name"] or (kind != "by hand" and (old["name"], new["name"]) == ("", hostname))
+        if kind == "reminder":
+            assert new | old | {"name": new["name"]} == new
+
+
 @given(st.lists(EVENT, max_size=30))
-def test_invariants_hold_after_any_events(update, events):
+@settings(max_examples=500)
+def test_invariants_hold_after_any_events_and_a_lease_changes_another_only_by_taking_its_address(update, events):
     registry = {}
     for event in events:
         before = copy(registry)
         message, warnings = apply(update, registry, event)
         check_invariants(update, registry)
-        assert bool(message) == (registry != before)
-        assert "\n" not in message
+        if event[0] == "lease":
+            check_lease(before, registry, event)
+        assert bool(message) == (registry != before) and "\n" not in message
         again = copy(registry)
         assert apply(update, registry, event)[0] == "" and registry == again
 
 
-@given(st.lists(EVENT, max_size=20), LEASE)
-def test_lease_changes_another_instance_only_by_taking_its_address(update, events, lease):
-    registry = {}
-    for event in events:
-        apply(update, registry, event)
-    before = copy(registry)
-    apply(update, registry, lease)
-    for mac in before.keys() - {lease[1]}:
-        taken = {field: value for field, value in before[mac].items() if registry[mac].get(field) != value}
-        assert (
-            list(taken.values()) in ([], [lease[2]] if lease[4] in ("add", "by hand") else [])
-            and registry[mac].keys() <= before[mac].keys()
-        )
-    if lease[1] in before:
-        named = registry[lease[1]].pop("name")
-        assert before[lease[1]].pop("name") in (named, "" if lease[4] != "by hand" and named == lease[3] else named)
-        if lease[4] == "reminder":
-            assert before[lease[1]].items() <= registry[lease[1]].items()
-
-
-@given(st.dictionaries(MACS, UNKNOWN), st.lists(LEASE | RENAME | INITIALIZE, max_size=10))
-def test_unknown_fields_survive_any_events_and_rewrites(update, unknown, events):
-    registry = {mac: {"name": "", **fields} for mac, fields in unknown.items()}
-    for event in events:
-        apply(update, registry, event)
-        registry = json.loads(update.registry_text(registry))
-    for mac, fields in unknown.items():
-        assert json.dumps({key: registry[mac][key] for key in fields}) == json.dumps(fields)
-
-
-ENTRY = st.dictionaries(
-    st.sampled_from(["name", *FIELDS]), st.sampled_from([*ADDRESSES, *NAMES]) | JSON, max_size=5
-).flatmap(lambda entry: UNKNOWN.map(lambda unknown: {**unknown, **entry}))
-VALID = st.fixed_dictionaries(
-    {"name": st.sampled_from(["web", "db-1"]), "ipv4": st.sampled_from(["10.0.0.1", "10.0.0.2"])}
-)
+VALUES = st.sampled_from([*ADDRESSES, *NAMES]) | JSON
+KNOWN = st.dictionaries(st.sampled_from(["name", *FIELDS]), VALUES, max_size=5)
+ENTRY = st.builds(lambda unknown, known: unknown | known, UNKNOWN, KNOWN)
+VALID = st.fixed_dictionaries({"name": st.sampled_from(["web", "db-1"]), "ipv4": st.sampled_from(ADDRESSES[:2])})
 REGISTRY = st.dictionaries(MACS | st.text(), ENTRY | VALID, max_size=4)
 
 
@@ -161,34 +140,21 @@ def test_look_up_says_of_no_registry_that_a_lease_is_in_it_where_it_is_not(updat
         is_registered(update, text, mac, address, hostname)
 
 
-NOTES = st.dictionaries(
-    st.text(min_size=1).filter(lambda key: key not in ("name", *FIELDS)),
-    st.text() | st.sampled_from(["}", '"}",', "ü", "\n  }"]) | st.lists(st.text(), max_size=2) | st.just({"x": {}}),
-    max_size=3,
-)
+NOTE = st.text() | st.sampled_from(["}", '"}",', "ü", "\n  }"]) | st.lists(st.text(), max_size=2) | st.just({"x": {}})
 
 
-@given(st.lists(LEASE, min_size=1, max_size=10), NOTES)
+@given(st.lists(LEASE, min_size=1, max_size=10), st.dictionaries(KEYS, NOTE, max_size=3))
 def test_look_up_finds_every_lease_in_what_we_and_jq_and_json_write(update, events, notes):
     registry = {}
     for event in events:
         apply(update, registry, event)
-    registry = {
-        mac: {**notes, **instance, **{f"{key}2": note for key, note in notes.items()}}
-        for mac, instance in registry.items()
-    }
-    for text in (
-        update.registry_text(registry),
-        *(json.dumps(registry, indent=2, ensure_ascii=a) for a in (True, False)),
-    ):
+    more = {f"{key}2": note for key, note in notes.items()}
+    registry = {mac: notes | instance | more for mac, instance in registry.items()}
+    by_json = [json.dumps(registry, indent=2, ensure_ascii=ascii_only) for ascii_only in (True, False)]
+    for text in (update.registry_text(registry), *by_json):
         for mac, instance in registry.items():
             for field in set(update.LEASED) & instance.keys():
                 assert is_registered(update, text, mac, instance[field], "")
-
-
-@given(REGISTRY)
-def test_registry_is_written_as_json_indents_it(update, registry):
-    assert update.registry_text(registry) == json.dumps(registry, indent=2) + "\n"
 
 
 MAC = "10:66:6a:00:00:00"
@@ -213,42 +179,34 @@ def test_look_up_does_not_find_a_lease_in_an_edited_registry_that_has_it_not(upd
     assert not update.is_registered(text.encode(), MAC, "ipv4", "10.0.0.1", "")
 
 
-def elements(text, name):
-    """Return the elements of a set in one of the outputs, without comments."""
-    body = re.search(rf"^set {re.escape(name)} {{\n(.*?)^}}", text, re.DOTALL | re.MULTILINE)[1]
-    listed = body.partition("elements = {")[2].partition("}")[0].split(",")
-    return sorted(e.split(" comment ")[0].strip() for e in listed if e.strip())
-
-
 @given(REGISTRY | JSON)
+@example({f"{MAC[:-1]}{n}": {"name": "web", "ipv4": "10.0.0.1", "ipv6_lla": "fe80::1"} for n in (1, 2)})
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_is_refused_or_makes_outputs_that_parse_and_say_what_it_says(process, registry):
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "instances"
         base.with_suffix(".json").write_text(json.dumps(registry))
         base.with_suffix(".updated").touch()
-        result = subprocess.run([sys.executable, PROCESS], env=environment(base), capture_output=True, text=True)
+        env = environment(base, INSTANCES_ADDRESS_SETS="web")
+        result = subprocess.run([sys.executable, PROCESS], env=env, capture_output=True, text=True)
         assert "Traceback" not in result.stderr
         if not (isinstance(registry, dict) and all(isinstance(i, dict) for i in registry.values())):
             assert result.returncode == 1 and result.stderr.count("\n") == 1
             assert sorted(os.listdir(folder)) == ["instances.json", "instances.lock", "instances.updated"]
             return
         assert result.returncode == 0
-        hosts, chains, sets = (
-            Path(f"{base}.{end}").read_text() for end in ("hosts", "nftables_chains", "nftables_sets")
-        )
-        valid = [
-            (mac, field, instance[field])
-            for mac, instance in registry.items()
-            for field in FIELDS
-            if process.is_mac(mac) and is_kind(process, field, instance.get(field))
-        ]
-        assert elements(sets, "all_v4.instance") == sorted(a for _, field, a in valid if field == "ipv4")
-        assert elements(sets, "all_l6.instance") == sorted(a for _, field, a in valid if field == "ipv6_lla")
-        assert elements(chains, "instances_ip") == sorted(f"{a} . {mac}" for mac, field, a in valid if field == "ipv4")
-        assert elements(chains, "instances_ip6") == sorted(
-            f"0x{ipaddress.ip_address(a).packed.hex()} . {mac}" for mac, field, a in valid if field != "ipv4"
-        )
+        ends = (".hosts", ".nftables_chains", ".nftables_sets")
+        hosts, chains, sets = (base.with_suffix(end).read_text() for end in ends)
+        known = [(mac, field, instance.get(field)) for mac, instance in registry.items() for field in FIELDS]
+        valid = [row for row in known if process.is_mac(row[0]) and is_kind(process, *row[1:])]
+        ours4 = [(a, mac) for mac, field, a in valid if field == "ipv4"]
+        ours6 = [(ipaddress.ip_address(a).packed.hex(), mac) for mac, field, a in valid if field != "ipv4"]
+        listed = sets_of(sets) | sets_of(chains.partition("chain")[0])
+        found = {name: sorted(e.partition(" comment ")[0] for e in elements) for name, elements in listed.items()}
+        assert found["all_v4.instance"] == sorted(a for a, _ in ours4)
+        assert found["all_l6.instance"] == sorted(a for _, field, a in valid if field == "ipv6_lla")
+        assert found["instances_ip"] == sorted(f"{a} . {mac}" for a, mac in ours4)
+        assert found["instances_ip6"] == sorted(f"0x{a} . {mac}" for a, mac in ours6)
         line = re.compile(r"[0-9a-f.:]+( [A-Za-z][A-Za-z0-9-]*(\.(v4|v6|g6|u6|l6))?\.instance\.internal)+")
         assert all(line.fullmatch(text) for text in hosts.splitlines())
         check_nft(base)
@@ -261,21 +219,17 @@ def is_kind(process, field, value):
         return False
 
 
-ARGUMENT = (
-    st.binary(max_size=40).map(lambda b: b.replace(b"\0", b""))
-    | st.sampled_from(
-        [b"add", b"old", b"10:66:6a:00:00:01", b"10.0.0.1", b"fd00::1", b"web", b"x" * 100_000, b"\x1b[2J\r\n", b"%s%n"]
-    )
-    | st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20).map(str.encode)
-)
+WORDS = [b"add", b"old", b"10:66:6a:00:00:01", b"10.0.0.1", b"fd00::1", b"web", b"x" * 100_000, b"\x1b[2J\r\n", b"%s%n"]
+OCTETS = st.binary(max_size=40).map(lambda octets: octets.replace(b"\0", b""))
+TEXT = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20).map(str.encode)
+ARGUMENT = OCTETS | st.sampled_from(WORDS) | TEXT
+VARIABLES = dict.fromkeys([b"DNSMASQ_MAC", b"DNSMASQ_SUPPLIED_HOSTNAME", b"DNSMASQ_TAGS"], ARGUMENT)
 
 
 @given(
     st.sampled_from([b"add", b"old"]) | ARGUMENT,
     st.lists(ARGUMENT, max_size=5),
-    st.fixed_dictionaries(
-        {}, optional={b"DNSMASQ_MAC": ARGUMENT, b"DNSMASQ_SUPPLIED_HOSTNAME": ARGUMENT, b"DNSMASQ_TAGS": ARGUMENT}
-    ),
+    st.fixed_dictionaries({}, optional=VARIABLES),
 )
 @example(b"add", [b"10:66:6a:00:00:01", b"10.0.0.1", b"a\ninstances-update.py: 10:66:6a:00:00:02 x: removed"], {})
 @example(b"add", [b"10:66:6a:00:00:01\n", b"10.0.0.1", b"web"], {})
@@ -287,9 +241,8 @@ def test_hostile_arguments_make_no_traceback_no_second_line_and_no_invalid_chang
         base = Path(folder) / "instances"
         base.with_suffix(".json").write_text('{"10:66:6a:00:00:09": {"name": "kept", "ipv4": "10.0.0.9"}}')
         env = {key.encode(): value.encode() for key, value in environment(base).items()} | variables
-        result = subprocess.run(
-            [sys.executable.encode(), bytes(UPDATE), action, *arguments], env=env, capture_output=True
-        )
+        command = [sys.executable.encode(), bytes(UPDATE), action, *arguments]
+        result = subprocess.run(command, env=env, capture_output=True)
         assert result.returncode in (0, 1, 2) and b"Traceback" not in result.stderr
         if result.returncode != 2:
             for stream in (result.stdout, result.stderr):
