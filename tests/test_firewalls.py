@@ -18,7 +18,6 @@ from conftest import PROGRAMS, need
 from lab import Host, block, environment, make_etc, mounted, wait_for
 
 pytestmark = [pytest.mark.slow, NEEDS_BR_NETFILTER]
-PAGE, DOCKER_S_LINES = "examples/nftables/README.md", "ACCEPT\niptables"
 HOST, INSIDE = {4: HOST4, 6: HOST6}, {4: "10.83.0.20", 6: "2001:67c:83::20"}
 OUTSIDE = {4: "10.84.0.20", 6: "2001:67c:84::20"}
 SERVER = """\
@@ -137,7 +136,7 @@ class Firewall:
 
     def mend(self) -> None:
         """Run the page's lines."""
-        self.run("sh", "-euxc", block(PAGE, self.lines))
+        self.run("sh", "-euxc", self.lines)
 
     def end(self) -> None:
         """End the programs of the firewall."""
@@ -148,7 +147,7 @@ class Firewall:
 class Docker(Firewall):
     """Docker, without a container."""
 
-    needs, lines = ("dockerd", "containerd", "iptables"), DOCKER_S_LINES
+    needs, lines = ("dockerd", "containerd", "iptables"), block("examples/nftables/README.md", "ACCEPT\niptables")
     left = ALL - {"ping inside 4", "TCP inside 4", "ping outside 4", "TCP outside 4"}
 
     def start(self, forwarding: str = "0") -> None:
@@ -170,7 +169,7 @@ class Docker(Firewall):
 class Ufw(Firewall):
     """ufw, as it is when it is enabled for the first time."""
 
-    needs, lines = ("ufw", "iptables"), "ufw allow"
+    needs, lines = ("ufw", "iptables"), block("examples/nftables/README.md", "ufw allow")
     left = {"ping host 4", "ping host 6", "ping inside 4", "ping outside 4", "ping outside 6"}
 
     def start(self) -> None:
@@ -187,7 +186,7 @@ class Ufw(Firewall):
 class Firewalld(Firewall):
     """firewalld without a configuration, and a bus for it."""
 
-    needs, lines = ("firewalld", "firewall-cmd", "dbus-daemon"), "firewall-cmd"
+    needs, lines = ("firewalld", "firewall-cmd", "dbus-daemon"), block("examples/nftables/README.md", "firewall-cmd")
     left = {"ping host 4", "ping host 6"}
 
     def start(self) -> None:
@@ -254,5 +253,5 @@ def test_guard_works_beside_it_and_a_reload_leaves_the_guard_and_the_lines(guest
 
 
 def test_lines_for_a_boot_are_those_for_docker():
-    drop_in = block(PAGE, "[Service]").removeprefix("[Service]\n")
-    assert drop_in.replace("ExecStartPost=", "") == block(PAGE, DOCKER_S_LINES)
+    drop_in = block("examples/nftables/README.md", "[Service]").removeprefix("[Service]\n")
+    assert drop_in.replace("ExecStartPost=", "") == Docker.lines

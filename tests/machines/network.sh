@@ -34,7 +34,6 @@ lines_on() {
     lines "on $1" "cd examples/network; $2"
 }
 everywhere() { for host in a b c; do lines_on "$host" "$1"; done; }
-page() { block examples/network/README.md "$1"; }
 
 step "three machines"
 for host in a:1 b:2 c:3; do
@@ -44,8 +43,8 @@ done
 
 step "installed by the first page, and etcd by its own"
 everywhere "cd /root/instances; $installing"
-lines_on a "$(page 'openssl req')"
-etcd=$(page 'apt-get install -y etcd-server')
+lines_on a "$(block examples/network/README.md 'openssl req')"
+etcd=$(block examples/network/README.md 'apt-get install -y etcd-server')
 number=0
 for host in a b c; do
     number=$((number + 1))
@@ -53,21 +52,21 @@ for host in a b c; do
     cp "$folder/a/root/etcd/ca.crt" "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
     lines_on "$host" "$(echo "$etcd" | sed "s/^host=a.*/host=$host address=192.0.2.$number/")"
 done
-healthy=$(page 'endpoint health')
+healthy=$(block examples/network/README.md 'endpoint health')
 for host in a b c; do until_here 60 "etcd of $host" on "$host" sh -euc "$healthy"; done
 [ "$(on a ss -Htln 'sport = 2379 or sport = 2380' | grep -cv -e 127.0.0.1:2379 -e 192.0.2.1:2380)" -eq 0 ] || fail "etcd listens elsewhere, too"
 
 step "the guard and the names"
 for host in a b c; do
-    lines_on "$host" "$(page 'cp network.nft')"
+    lines_on "$host" "$(block examples/network/README.md 'cp network.nft')"
     until_here 20 "the guard of $host" on "$host" sh -c 'nft list chain bridge instances at_forward | grep -q eth0'
 done
 
 step "one host writes"
-everywhere "$(page 'INSTANCES_WRITER=a')"
+everywhere "$(block examples/network/README.md 'INSTANCES_WRITER=a')"
 on a sh -euc 'ip address add 10.83.0.1/24 dev br0; ip address add 2001:67c:83::1/80 dev br0 nodad; ip address add fd83:5eed::1/80 dev br0 nodad'
 until_here 20 "a writes" on a sh -c '[ ! -e /var/lib/misc/instances.follows ]'
-lines_on a "$(page 'cp ../dnsmasq/br0.conf')"
+lines_on a "$(block examples/network/README.md 'cp ../dnsmasq/br0.conf')"
 # guest HOST NUMBER: a guest of a host, which gets an address
 guest() {
     on "$1" sh -euc "ip netns add g$2; ip link add g$2 type veth peer name eth0 address 10:66:6a:4c:b0:1$2 netns g$2
@@ -111,7 +110,7 @@ done
 
 step "any host can be the one"
 on a sh -euc 'rm -f /etc/dnsmasq.d/br0.conf; ip address flush dev br0 scope global; systemctl stop dnsmasq'
-everywhere "$(page 'cp gateway.ip')"
+everywhere "$(block examples/network/README.md 'cp gateway.ip')"
 leader_is() { [ "$(for host in a b c; do on "$host" ip link show gw0 >/dev/null 2>&1 && echo "$host"; done)" = "$1" ]; }
 find_leader() { for leading in a b c; do if leader_is "$leading"; then return 0; fi; done; return 1; }
 until_here 30 "a leader" find_leader
@@ -132,7 +131,7 @@ done
 guest a 3
 known 10:66:6a:4c:b0:13
 
-keys=$(page 'endpoint health' | grep '^export')
+keys=$(block examples/network/README.md 'endpoint health' | grep '^export')
 with_keys() { lines_on "$1" "$keys; $2"; }
 healthy() { for host in a b c; do on "$host" sh -euc "$healthy" || return 1; done; }
 enter() { find_leader && on "$leading" instances-update.py add "10:66:6a:4c:b2:0$1" "10.83.0.8$1"; }
@@ -148,34 +147,34 @@ on c sh -euc "$keys; echo ETCD_QUOTA_BACKEND_BYTES=16384 >>/etc/default/etcd; sy
     until etcdctl alarm list | grep NOSPACE; do etcdctl put other \"\$(seq 9999)\" || sleep 0.2; done
     sed -i /QUOTA/d /etc/default/etcd; systemctl restart etcd"
 on b systemctl restart instances-lead
-for host in a b c; do with_keys "$host" "$(page 'alarm disarm')"; done
+for host in a b c; do with_keys "$host" "$(block examples/network/README.md 'alarm disarm')"; done
 works 1
 
 step "one host's etcd is lost"
 on c sh -euc 'systemctl kill --signal=KILL etcd; rm -rf /var/lib/etcd/default'
-removed() { on b sh -euc "$keys; $(page 'member remove')"; }
+removed() { on b sh -euc "$keys; $(block examples/network/README.md 'member remove')"; }
 until_here 60 "c's etcd is a new member" removed
-lines_on c "$(page 'STATE=existing')"
+lines_on c "$(block examples/network/README.md 'STATE=existing')"
 works 2
 
 step "a snapshot is restored"
 with_keys a 'etcdctl snapshot save /root/etcd.snapshot'
 for host in b c; do cp "$folder/a/root/etcd.snapshot" "$folder/$host/root/"; done
 works 3
-everywhere "$(page 'default/member')"
-for host in a b c; do with_keys "$host" "$(page 'snapshot restore')"; done
+everywhere "$(block examples/network/README.md 'default/member')"
+for host in a b c; do with_keys "$host" "$(block examples/network/README.md 'snapshot restore')"; done
 everywhere "systemctl start --no-block etcd"
 works 4
 known 10:66:6a:4c:b2:03
 
 step "etcd is made anew"
-everywhere "$(page 'default/member')"
+everywhere "$(block examples/network/README.md 'default/member')"
 everywhere "systemctl start --no-block etcd"
 works 5
 known 10:66:6a:4c:b2:04
 
 step "certificates are renewed"
-lines_on a "cd /root/etcd; $(page 'openssl req' | sed -n '/^for host/,/^done/p')"
+lines_on a "cd /root/etcd; $(block examples/network/README.md 'openssl req' | sed -n '/^for host/,/^done/p')"
 for host in a b c; do
     cp "$folder/a/root/etcd/$host.crt" "$folder/a/root/etcd/$host.key" "$folder/$host/root/etcd/" 2>/dev/null || true
     lines_on "$host" "host=$host; $(echo "$etcd" | grep '^install')"
@@ -183,7 +182,7 @@ done
 works 6
 
 step "undone: nothing is left"
-everywhere "$(page 'rm -rf /etc/etcd')"
+everywhere "$(block examples/network/README.md 'rm -rf /etc/etcd')"
 for host in a b c; do
     left=$(on "$host" sh -c 'ip -o link show; ip rule; ip -6 rule; nft list tables' | grep -e gw0 -e dns0 -e 'lookup 83' -e instances) || true
     [ -z "$left" ] || { on "$host" journalctl --no-pager -n 30 -o short-precise -u 'instances*' >&2; fail "left on $host: $left"; }
