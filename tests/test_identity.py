@@ -404,13 +404,14 @@ def test_flood_of_requests_keeps_nobody_out_and_is_counted_on_when_the_guard_is_
         return time.monotonic() - begin
 
     bridge.reset()
+    begin = time.monotonic()
     with flooding(attacker, [bytes(frame)] * 100, pause=0.05):
         wait_for(lambda: dropped() > 1000, "drops by the limit")
-        flooded, asked = joins(1), bridge.log().count(said)
+        flooded = joins(1)
         bridge.change("--rename", bridge.victim.mac, "other")
         before = dropped()
         again = joins(2)
         wait_for(lambda: dropped() > before + 1000, "later drops")
     print(f"leases after {flooded:.1f} s in a flood, {again:.1f} s after the guard was loaded again")
     # 10 at once and 10 a minute, and no other 10
-    assert 10 <= asked <= 10 + flooded / 6 + 2 and bridge.log().count(said) <= asked + again / 6 + 2
+    assert 10 <= bridge.log().count(said) <= 12 + (time.monotonic() - begin) / 6

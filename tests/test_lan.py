@@ -401,7 +401,7 @@ def test_networkd_is_a_router_too(lan):
     config.mkdir()
     lan.router.run("ip", "address", "flush", "dev", "eth0", "to", f"{ROUTER4}/24")  # or it would configure it for ever
     text = f"[Match]\nName=eth0\n[Network]\nKeepConfiguration=static\nAddress={ROUTER4}/24\nIPv6AcceptRA=no\n"
-    text += "DHCPServer=yes\nIPv6SendRA=yes\n[DHCPServer]\nPoolOffset=20\nPoolSize=20\n"  # of which no other guest has any
+    text += "DHCPServer=yes\nIPv6SendRA=yes\n[DHCPServer]\nPoolOffset=20\nPoolSize=20\n"  # no other guest has any
     text += f"PersistLeases=no\n[IPv6Prefix]\nPrefix={PREFIX}/64\n"  # or a newer one waits for a unit of the system's
     (config / "eth0.network").write_text(text)
     commands = "mount -t tmpfs none /run; mkdir -p /run/systemd/network; mount --bind $0 /run/systemd/network"
