@@ -34,7 +34,7 @@ def load(script: Path):
 
 
 # With --dist loadfile a file is one worker's: those that take longest are begun first.
-LONGEST = ["firewalls", "apply", "network_lead", "lan", "claims", "fuzz", "egress", "identity", "clients", "routed"]
+LONGEST = ["network_lead", "fuzz", "apply", "claims", "identity", "lan", "clients", "routed", "egress", "network"]
 
 
 def pytest_configure(config):

@@ -52,7 +52,7 @@ def networkd(family: str) -> tuple[str, str, dict]:
     return NETWORKD, f"SYSTEMD_LOG_TARGET=console {NETWORKD}", {"systemd/network/eth0.network": text}
 
 
-DHCPCD = {"dhcpcd.conf": "hostname\nduid\nslaac hwaddr\n"}
+DHCPCD = {"dhcpcd.conf": "hostname\nduid\nslaac hwaddr\nnoipv4ll\n"}  # 169.254.0.0/16 is no guest's
 # As nmcli makes a connection; all else is as Debian has it. It needs a D-Bus of its own.
 NETWORK_MANAGER = """\
 mkdir -p /run/dbus

@@ -439,7 +439,7 @@ class Container(Namespace):
         wait_for(lambda: process_file(self.pid, "cmdline").startswith("sleep"), "the container")
 
     def inside(self, *command: str) -> subprocess.CompletedProcess:
-        return run("nsenter", "-t", self.pid, "-m", "-n", *command, check=False, timeout=60)
+        return run("nsenter", "-t", self.pid, "-m", "-n", "-r", *command, check=False, timeout=60)
 
     def drops(self, address: str) -> bool:
         """Tell whether there is no answer from an address."""
@@ -732,7 +732,7 @@ class Docker(Namespace):
         self.pid = self.docker("inspect", "-f", "{{.State.Pid}}", "web").stdout.strip()
 
     def docker(self, *arguments, check: bool = True) -> subprocess.CompletedProcess:
-        return self.run("nsenter", "-m", "-t", self.dockerd.pid, "docker", *arguments, check=check)
+        return self.run("nsenter", "-m", "-r", "-t", self.dockerd.pid, "docker", *arguments, check=check)
 
     def connects(self, name: str) -> bool:
         """Tell whether web connects to a name."""
