@@ -39,8 +39,10 @@ def found_nothing(program, *options):
     assert status == 0 and "0 violations, 0 false drops" in output, output
 
 
-@pytest.mark.parametrize("options", [["--br-netfilter", 0], ["--br-netfilter", 1], ["--listed"]], ids=str)
-@pytest.mark.parametrize("seed", SEEDS)
+RUNS = [("fixed", "--br-netfilter", 0), ("fresh", "--br-netfilter", 1), ("fixed", "--listed"), ("fresh", "--listed")]
+
+
+@pytest.mark.parametrize(("seed", "options"), [(seed, options) for seed, *options in RUNS], ids=str)
 def test_no_frame_gets_past_the_guard_and_no_honest_one_is_held_up(seed, options):
     if 1 in options and not HAS_BR_NETFILTER:
         need("br_netfilter")  # part of a kernel, or a module of it
