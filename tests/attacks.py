@@ -92,7 +92,7 @@ class Guarded:
     def settle(self) -> None:
         """Do the service's work, so that it has none to do afterwards."""
         self.pause.close()
-        self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
+        self.host.settle()
 
     def change(self, *arguments: str) -> None:
         """Change the registry, and have the service put it in force."""

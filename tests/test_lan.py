@@ -74,7 +74,7 @@ class Lan:
                 machine.run(*f"ip address add {address}/{64 if ':' in address else 24} dev eth0 nodad".split())
         self.host.start_guarded()
         self.host.update("add", self.router.mac, ROUTER4, "router")
-        self.settle()
+        self.host.settle()
         self.start()
 
     def start(self, interface: str = "up0") -> None:
@@ -113,10 +113,6 @@ class Lan:
     def end_server(self) -> None:
         if self.server in self.router.processes:
             self.router.stop(self.server)
-
-    def settle(self) -> None:
-        """Do the service's work, so that it has none to do afterwards."""
-        self.host.run("flock", f"{self.host.base}.updated.service", *self.host.applying())
 
     def prefixes(self) -> str:
         """Return in which prefixes the guard lets guests make addresses."""
@@ -226,7 +222,7 @@ def test_guest_takes_nobody_s_address(lan, target):
     lease(lan, leased)
     lan.serve(DHCP4)
     victim.dhcp4()
-    lan.settle()
+    lan.host.settle()
     address = address or victim.addresses("10.83")[0]
     place = f"{address}%eth0" if address.startswith("fe80") else address
     for attacker, make in itertools.product((leased, newcomer), (claim, asked)):
@@ -310,7 +306,7 @@ def test_client_identifier_of_another_guest_takes_nothing_from_it(lan):
         command = ["udhcpc", "-C", "-i", "eth0", "-s", guest.script, "-x", f"0x3d:01{victim.mac.replace(':', '')}"]
         guest.start(*command, "-f", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda g=guest: "bound" in g.events(), "the lease")
-        lan.settle()
+        lan.host.settle()
     address = victim.addresses("10.83")[0]
     assert attacker.addresses("10.83") == [address]
     wait_for(lambda: f"{address} is not registered" in lan.said(), "the refusal")
