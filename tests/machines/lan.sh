@@ -22,7 +22,7 @@ make_machine "install systemd-sysv dbus ifupdown udhcpc iputils-ping isc-dhcp-cl
 echo nameserver 192.168.1.1 >"$root/etc/resolv.conf"
 systemctl --quiet --root="$root" disable unbound.service kea-dhcp4-server.service kea-dhcp6-server.service NetworkManager.service \
     NetworkManager-wait-online.service systemd-networkd.service systemd-networkd.socket networking.service
-printf '[main]\nplugins=keyfile\n[keyfile]\nunmanaged-devices=*,except:interface-name:eth0,except:interface-name:br0\n' \
+printf '[main]\nplugins=keyfile\ndns=none\n[keyfile]\nunmanaged-devices=*,except:interface-name:eth0,except:interface-name:br0\n' \
     >"$root/etc/NetworkManager/NetworkManager.conf"
 
 # The LAN: a switch with the router and a machine, in namespaces; eth0 is the host's interface. Then three guests.
@@ -157,7 +157,8 @@ run ip -n db address delete 192.168.1.50/24 dev eth0
 for guest in web db cache; do run ip netns exec "$guest" ping -q -c 1 -W 1 192.168.1.50 >/dev/null || fail "$guest is cut off"; done
 
 step "the router finds the names: dnsmasq, unbound"
-ask() { run ip netns exec pc dig +short +timeout=1 +tries=1 @192.168.1.1 web.instance.internal; }
+ask() { run ip netns exec pc dig +short +timeout=1 +tries=1 @192.168.1.1 "${1-web.instance.internal}"; }
+[ "$(ask www.example.org)" = 192.0.2.80 ] || fail "no answer"
 [ -z "$(ask)" ] || fail "without the lines"
 run sh -c 'kill $(cat /run/router.pid); sleep 0.5'
 for line in $(block examples/lan/README.md 'rebind-domain-ok'); do lines="${lines-} --$line"; done
