@@ -205,6 +205,10 @@ class Namespace:
         """Run ip with each of these lines."""
         self.run("ip", "-batch", "-", input="\n".join(lines))
 
+    def pings(self, address: str) -> bool:
+        """Tell whether an address answers."""
+        return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
+
     def start(self, *arguments, **options) -> subprocess.Popen:
         """Start a command that is ended with the namespace."""
         self.processes.append(subprocess.Popen(self.command(*arguments), **options))
@@ -302,10 +306,6 @@ class Client(Namespace):
         wait_for(lambda: all(event in self.events() for event in events), f"{events} in {self.name}")
         leased = {line.split()[1] for line in self.events().splitlines() if line.startswith(events)}
         wait_for(lambda: leased <= set(self.host.registry().get(self.mac, {}).values()), f"{leased} registered")
-
-    def pings(self, address: str) -> bool:
-        """Tell whether an address answers."""
-        return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
 
     def wait_pings(self, *addresses: str) -> None:
         """Wait until each of these addresses has answered."""

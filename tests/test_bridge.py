@@ -66,7 +66,7 @@ def test_neighbour_cache_is_not_poisoned(bridge, attacker, where):
 
         def learn(stolen=stolen, zone=f"%{device}" if kind == "ipv6_lla" else ""):
             target.run("ip", "neighbour", "flush", "dev", device)
-            target.run("ping", "-n", "-c", "1", "-W", "5", f"{stolen}{zone}")
+            wait_for(lambda: target.pings(f"{stolen}{zone}"), f"a ping of {stolen}")
             assert target.neighbour(stolen) == bridge.victim.mac
 
         bridge.guard(False)
