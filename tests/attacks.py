@@ -11,21 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from lab import HAS_BR_NETFILTER, HOST_MAC, UPDATE, Client, Host, wait_for
+from lab import HAS_BR_NETFILTER, HOST_MAC, LISTENER, UPDATE, Client, Host, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 igmp = pytest.importorskip("scapy.contrib.igmp")
 NEEDS_BR_NETFILTER = pytest.mark.skipif(not HAS_BR_NETFILTER, reason="needs br_netfilter")
 HOST4, HOST6, HOST_LLA = "10.83.0.1", "2001:67c:83::1", "fe80::1266:6aff:fe4c:a1fe"
 EVERYONE, NODES, ROUTERS, SERVERS = "ff:ff:ff:ff:ff:ff", "33:33:00:00:00:01", "33:33:00:00:00:02", "33:33:00:01:00:02"
-LISTENER = """\
-import socket
-s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-s.bind(("::", 5000))
-print("listens", flush=True)
-while True:
-    print(s.recv(100).decode(), flush=True)
-"""
 SNIFFER = """\
 import socket
 s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
@@ -342,7 +334,7 @@ def hearing(node, program=LISTENER):
     """Have a node listen, on port 5000 unless to all frames; give a function that returns what came to it so far."""
     path = node.folder / "heard"
     with open(path, "w") as file:
-        process = node.start(sys.executable, "-c", program, stdout=file)
+        process = node.start(sys.executable, "-c", program, "::", "5000", stdout=file)
         try:
             wait_for(path.read_text, "a listener")
             yield path.read_text
