@@ -370,7 +370,8 @@ class Host(Namespace):
             options += ["--dhcp-authoritative", "--no-ping"]
         started = self.log.read_text().count("started, version") if self.log.exists() else 0
         with open(self.log, "a") as log:
-            self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), stdout=log, stderr=log)
+            streams = {"stdout": log, "stderr": log, "start_new_session": True}
+            self.dnsmasq = self.start("dnsmasq", *options, env=environment(self.base), **streams)
         wait_for(lambda: self.log.read_text().count("started, version") > started, "dnsmasq")
 
     def stop_dnsmasq(self, at_once: bool = False) -> None:
@@ -380,15 +381,11 @@ class Host(Namespace):
             self.stop(self.dnsmasq, signal.SIGKILL if at_once else signal.SIGTERM)
 
         def running():
-            pids = self.run("ip", "netns", "pids", self.name).stdout.split()
-            helpers = [pid for pid in pids if process_file(pid, "comm") == "dnsmasq\n"]
-            for pid in helpers if at_once else []:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            return helpers or any("DNSMASQ_INTERFACE=" in process_file(pid, "environ") for pid in pids)
+            if at_once:
+                run("pkill", "-KILL", "-x", "--session", self.dnsmasq.pid, "dnsmasq", check=False)
+            return re.search("[^ZX\n]", run("ps", "-o", "state=", "--sid", self.dnsmasq.pid, check=False).stdout)
 
-        # Twice: a process that begins another program has no environment for a moment.
-        wait_for(lambda: not running() and not running(), "the end of dnsmasq")
+        wait_for(lambda: not self.dnsmasq or not running(), "the end of dnsmasq")
 
     def write_settings(self, **variables: str) -> Path:
         """Write settings for instances-apply, which keep it to this host's folder, and these; return their file."""

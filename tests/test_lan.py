@@ -161,6 +161,8 @@ def test_guests_are_registered_by_their_own_clients_and_the_lan_s_machines_are_n
     names, options, used, leased = ROUTERS[router]
     need(*(PROGRAMS_OF[name][1] for name in names))
     lan.serve(*options)
+    if SLAAC in options:  # what is announced for the first time is in force a moment after guests hear it
+        wait_for(lambda: "0x2001067c00830000" in lan.prefixes(), "the prefix")
     guests, machine = [Guest(lan.host, name) for name in names], lan.switch.client("laptop", "10:66:6a:4c:a1:04")
     clients = [machine, *(guest.client for guest in guests)]
     for guest in guests:
