@@ -33,19 +33,22 @@ def load(script: Path):
     return module
 
 
-# With --dist loadfile a file is one worker's: those that take longest are begun first.
-LONGEST = ["network_lead", "fuzz", "apply", "claims", "identity", "lan", "clients", "routed", "egress", "network"]
+LONGEST = ["network_lead", "apply", "fuzz", "claims", "identity", "lan", "clients", "routed", "egress", "network"]
 
 
-def pytest_configure(config):
-    """Have pytest-xdist 3.7 and newer keep that order, too."""
-    config.option.loadscopereorder = False
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Have --dist loadfile begin with the longest files: newer pytest-xdist go by how many tests a file has."""
+    from xdist.scheduler import LoadFileScheduling
 
+    class LongestFirst(LoadFileScheduling):
+        def _assign_work_unit(self, node):
+            waiting = [file for name in LONGEST for file in self.workqueue if file.endswith(f"test_{name}.py")]
+            if waiting:
+                self.workqueue.move_to_end(waiting[0], last=False)
+            super()._assign_work_unit(node)
 
-def pytest_collection_modifyitems(items):
-    """Have the files that take longest before the others."""
-    names = [f"test_{name}.py" for name in LONGEST]
-    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    return LongestFirst(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.hookimpl(trylast=True)  # when the fixtures have ended: -x ends those of a module only here
