@@ -271,9 +271,9 @@ def take(attacker, address, **fields):
     return bootp(attacker, "request", ("server_id", HOST4), ("requested_addr", address), **fields)
 
 
-def dhcp6(bridge, attacker, message, *options, duid=b"", addresses=None, times=0, server=True, **fields):
+def dhcp6(bridge, attacker, message, *options, duid=b"", addresses=None, times=0, server=True, source="", **fields):
     """Return a client's DHCPv6 message: with the victim's DUID, identity association and addresses, unless given."""
-    packet = ip6(attacker, SERVERS, "ff02::1:2") / scapy.UDP(sport=546, dport=547) / message(trid=7, **fields)
+    packet = ip6(attacker, SERVERS, "ff02::1:2", source) / scapy.UDP(sport=546, dport=547) / message(trid=7, **fields)
     packet /= scapy.DHCP6OptClientId(duid=scapy.Raw(duid or bridge.duid))
     if server and message not in (scapy.DHCP6_Solicit, scapy.DHCP6_Rebind):
         packet /= scapy.DHCP6OptServerId(duid=scapy.Raw(bridge.server_duid))

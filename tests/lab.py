@@ -205,9 +205,13 @@ class Namespace:
         """Run ip with each of these lines."""
         self.run("ip", "-batch", "-", input="\n".join(lines))
 
-    def pings(self, address: str) -> bool:
+    def pings(self, address: str, *options: str) -> bool:
         """Tell whether an address answers."""
-        return self.run("ping", "-n", "-c", "1", "-W", "2", address, check=False).returncode == 0
+        return self.run("ping", "-n", "-c", "1", "-W", "2", *options, address, check=False).returncode == 0
+
+    def finds(self, address: str, mac: str) -> bool:
+        """Tell whether an address, with its zone or without, answers, and is the neighbour's with this MAC address."""
+        return self.pings(address) and self.neighbour(address.partition("%")[0]) == mac
 
     def start(self, *arguments, **options) -> subprocess.Popen:
         """Start a command that is ended with the namespace."""
