@@ -11,7 +11,7 @@ from lab import Host, Namespace, block, process_file, run, wait_for
 pytestmark = pytest.mark.slow
 SHARED4, SHARED6 = "10.83.0.50", "2001:67c:83::50"
 NETWORKS = ("10.99.0.0/24", "2001:67c:99::/64")
-ROUTERS, ROUTED4, ROUTED6 = ("10.99.0.1", "2001:67c:99::1"), "10.99.0.2", "2001:67c:99::2"
+ROUTERS, ROUTED = ("10.99.0.1", "2001:67c:99::1"), ("10.99.0.2", "2001:67c:99::2")
 # VRRP of both versions (RFC 9568). An address is given up and taken within a few seconds.
 KEEPALIVED = """\
 vrrp_instance {address} {{
@@ -48,8 +48,9 @@ def guests(tmp_path_factory):
         yield host, *guests
 
 
-def start_keepalived(guest, priority):
-    """Start keepalived in a guest; return its process."""
+@contextlib.contextmanager
+def keepalived(guest, priority):
+    """keepalived runs in a guest; at the end it gives up its addresses, and what it started has ended, too."""
     config, text = guest.folder / "keepalived.conf", f"global_defs {{\n    router_id {guest.label}\n}}\n"
     for router, address in ((50, f"{SHARED4}/24"), (51, f"{SHARED6}/80")):
         text += KEEPALIVED.format(router=router, address=address, priority=priority)
@@ -57,49 +58,37 @@ def start_keepalived(guest, priority):
     files = ["--pid", guest.folder / "pid", "--vrrp_pid", guest.folder / "vrrp.pid"]
     command = ["keepalived", "--dont-fork", "--vrrp", "--log-console", "--use-file", config, *files]
     with open(guest.folder / "keepalived.log", "a") as log:
-        return guest.start(*command, stdout=log, stderr=log)
-
-
-def stop_keepalived(guest, process):
-    """End it in order, so that it gives up its addresses, and wait for the end of what it started."""
-    guest.stop(process)
+        process = guest.start(*command, stdout=log, stderr=log)
 
     def running():
         pids = run("ip", "netns", "pids", guest.name).stdout.split()
         return any(process_file(pid, "comm") == "keepalived\n" for pid in pids)
 
-    wait_for(lambda: not running(), f"the end of keepalived in {guest.label}")
-
-
-def reaches(namespace, address, *options):
-    return namespace.run("ping", "-n", "-c", "1", "-W", "1", *options, address, check=False).returncode == 0
+    try:
+        yield
+    finally:
+        guest.stop(process)
+        wait_for(lambda: not running(), f"the end of keepalived in {guest.label}")
 
 
 def wait_taken(host, guest):
     """Wait until the host reaches both shared addresses at a guest; return how many seconds that took."""
     begin = time.monotonic()
     for address in (SHARED4, SHARED6):
-        what = f"{address} at {guest.label}"
-        wait_for(lambda a=address: reaches(host, a) and host.neighbour(a) == guest.mac, what)
+        wait_for(lambda a=address: host.finds(a, guest.mac), f"{address} at {guest.label}")
     return time.monotonic() - begin
 
 
 @pytest.fixture(params=["made from the MAC address", "private"])
 def link_local(request, guests):
     """The first two guests have link-local addresses of this kind."""
-    swaps = []
-    for guest in guests[1:3] if request.param == "private" else ():
-        swaps.append((guest, guest.addresses("fe80")[0], f"fe80::a1b2:c3d4:e5f6:{guest.port[-1]}"))
-
-    def swap(guest, old, new):
-        guest.run("ip", "address", "add", f"{new}/64", "dev", "eth0", "nodad")
-        guest.run("ip", "address", "delete", f"{old}/64", "dev", "eth0")
-
+    swapping = guests[1:3] if request.param == "private" else ()
+    swaps = [(guest, guest.addresses("fe80")[0], f"fe80::a1b2:c3d4:e5f6:{guest.port[-1]}") for guest in swapping]
     for guest, own, other in swaps:
-        swap(guest, own, other)
+        guest.ip(f"address add {other}/64 dev eth0 nodad", f"address delete {own}/64 dev eth0")
     yield
     for guest, own, other in swaps:
-        swap(guest, other, own)
+        guest.ip(f"address add {own}/64 dev eth0 nodad", f"address delete {other}/64 dev eth0")
 
 
 @pytest.fixture
@@ -107,11 +96,9 @@ def shared(guests):
     """keepalived runs in the first two guests, of which the first has the shared addresses."""
     need("keepalived")
     host, one, two, _ = guests
-    started = [(guest, start_keepalived(guest, priority)) for guest, priority in ((one, 150), (two, 100))]
-    wait_taken(host, one)
-    yield
-    for guest, process in started:
-        stop_keepalived(guest, process)
+    with keepalived(one, 150), keepalived(two, 100):
+        wait_taken(host, one)
+        yield
 
 
 def test_shared_addresses_of_keepalived_go_to_the_other_guest_and_back(guests, link_local, shared):
@@ -132,9 +119,8 @@ def test_vrrp_of_a_third_guest_takes_nothing_where_the_bridge_has_a_line_against
     def held():
         return {SHARED4, SHARED6} & {*one.addresses(), *two.addresses()}
 
-    process = start_keepalived(third, 255)
-    wait_for(lambda: not held(), "both guests give way to the third")
-    stop_keepalived(third, process)
+    with keepalived(third, 255):
+        wait_for(lambda: not held(), "both guests give way to the third")
     wait_taken(host, one)
     rules = host.folder / "rules" / "bridge.nft"
     text = rules.read_text()
@@ -142,12 +128,11 @@ def test_vrrp_of_a_third_guest_takes_nothing_where_the_bridge_has_a_line_against
     rules.write_text(text.replace(LAST, SPEAKERS + LAST))
     try:
         host.run(*host.applying())
-        process = start_keepalived(third, 255)
-        # For each of two versions three advertisements, any of which had that effect
-        wait_for(lambda: host.dropped(third.mac, "other protocol") >= 6, "drops of VRRP")
-        assert {SHARED4, SHARED6} <= {*one.addresses()}
-        wait_taken(host, one)
-        stop_keepalived(third, process)
+        with keepalived(third, 255):
+            # For each of two versions three advertisements, any of which had that effect
+            wait_for(lambda: host.dropped(third.mac, "other protocol") >= 6, "drops of VRRP")
+            assert {SHARED4, SHARED6} <= {*one.addresses()}
+            wait_taken(host, one)
     finally:
         rules.write_text(text)
         host.run(*host.applying())
@@ -159,7 +144,7 @@ def behind(guests):
     host, one, *_ = guests
     with contextlib.closing(Namespace("behind")) as system:
         one.run("ip", "link", "add", "net0", "type", "veth", "peer", "name", "eth0", "netns", system.name)
-        for end, device, addresses in ((one, "net0", ROUTERS), (system, "eth0", (ROUTED4, ROUTED6))):
+        for end, device, addresses in ((one, "net0", ROUTERS), (system, "eth0", ROUTED)):
             end.run("ip", "link", "set", device, "up")
             for address, length in zip(addresses, (24, 64)):
                 end.run("ip", "address", "add", f"{address}/{length}", "dev", device, "nodad")
@@ -176,21 +161,21 @@ def behind(guests):
 def test_network_behind_a_guest_is_reached_through_it_and_used_by_no_other(guests, behind):
     host, one, two, _ = guests
     host.run("nft", "flush", "set", "bridge", "instances", "instances_joining")  # it has not asked for a lease lately
-    for address in (ROUTED4, ROUTED6):
+    for address in ROUTED:
         before = host.dropped(one.mac, "not registered")
 
         def dropped(address=address, before=before):  # only when duplicate address detection on net0 is over
-            assert not reaches(host, address)
+            assert not host.pings(address)
             return host.dropped(one.mac, "not registered") > before
 
         wait_for(dropped, f"the drop of an answer from {address}")
     host.update("--allow", one.mac, SHARED4, SHARED6, *NETWORKS)
-    for node, addresses in ((host, (ROUTED4, ROUTED6)), (behind, (HOST4, HOST6))):
+    for node, addresses in ((host, ROUTED), (behind, (HOST4, HOST6))):
         for address in addresses:
-            wait_for(lambda n=node, a=address: reaches(n, a), f"{address} through the guest")
+            wait_for(lambda n=node, a=address: n.pings(a), f"{address} through the guest")
     one.run("ip", "neighbour", "flush", "dev", "eth0")  # the guest asks from there, too
-    wait_for(lambda: reaches(one, HOST4, "-I", ROUTERS[0]), "it")
-    for source, destination in ((ROUTED4, HOST4), (ROUTED6, HOST6)):
+    wait_for(lambda: one.pings(HOST4, "-I", ROUTERS[0]), "it")
+    for source, destination in zip(ROUTED, (HOST4, HOST6)):
         before = host.dropped(two.mac, "not registered")
         two.send(bytes(datagram(two, source, destination)))
         wait_for(lambda b=before: host.dropped(two.mac, "not registered") > b, "its drop")
