@@ -5,12 +5,11 @@ import re
 import shutil
 import signal
 import subprocess
-from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import DNSMASQ, DOMAIN, EXAMPLES, UPDATE, Client, Host, Namespace, is_alive, make_etc, mounted, wait_for
+from lab import DNSMASQ, DOMAIN, EXAMPLES, UPDATE, Host, is_alive, make_etc, mounted, process_file, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -78,18 +77,6 @@ def vmbridge(tmp_path):
     host.close()
 
 
-@pytest.fixture
-def outside(vmbridge):
-    """A machine beyond the host, 192.0.2.53, that knows no route to the guests."""
-    outside = Namespace("outside")
-    vmbridge.host.ip(f"link add out type veth peer name eth0 netns {outside.name}", "link set out up")
-    vmbridge.host.ip("address add 192.0.2.1/24 dev out")
-    outside.ip("address add 192.0.2.53/24 dev eth0", "link set eth0 up")
-    outside.pings = partial(Client.pings, outside)
-    yield outside
-    outside.close()
-
-
 def guest(vmbridge, label, number, gateway="", bridge="br0"):
     """Return a guest with a fixed address and a default route, or with a lease where no gateway is said."""
     client = vmbridge.host.client(label, f"10:66:6a:4c:a1:{number}", bridge=bridge)
@@ -102,7 +89,7 @@ def guest(vmbridge, label, number, gateway="", bridge="br0"):
     return client
 
 
-def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
+def test_vmbridge_starts_once_without_forwarding_and_stops_its_own_only(vmbridge):
     vmbridge.host.run("nft", "add", "table", "inet", "mine")
     vmbridge("status", status=3)
     assert "from 10.83.0.192 to 10.83.0.223" in vmbridge("start")
@@ -115,6 +102,10 @@ def test_vmbridge_starts_once_and_stops_its_own_only(vmbridge):
     assert not is_alive(pid) and vmbridge.left() == ["table inet mine {", "}"]
     vmbridge("stop")
     vmbridge("status", status=3)
+    # Also where a bridge is called as what forwards is
+    vmbridge.host.ip("link add masquerade type bridge", "address add 10.9.9.1/24 dev masquerade")
+    vmbridge("start", bridge="masquerade")
+    vmbridge("status", bridge="masquerade")
 
 
 def test_vmbridge_leaves_a_process_that_is_not_its_own(vmbridge):
@@ -132,7 +123,7 @@ def test_vmbridge_leaves_a_process_that_is_not_its_own(vmbridge):
     assert not vmbridge.pid_file.exists()
 
 
-def test_vmbridge_starts_at_once_are_one_start(vmbridge):
+def test_vmbridge_starts_at_once_are_one_start_and_one_with_other_options_waits_for_its_ports(vmbridge):
     at_once = " ".join(["vmbridge br0 start nat &"] * 6)
     for _ in range(5):
         result = vmbridge.run("sh", "-c", f"{at_once} wait")
@@ -141,9 +132,6 @@ def test_vmbridge_starts_at_once_are_one_start(vmbridge):
         vmbridge("status")
         assert "masquerade" in vmbridge.ruleset()
         vmbridge("stop")
-
-
-def test_vmbridge_starts_again_with_other_options_when_its_ports_are_free(vmbridge):
     for number in range(20):
         vmbridge("start", *["nat"] * (number % 2))
 
@@ -181,23 +169,19 @@ def test_vmbridge_takes_over_what_a_killed_start_has_left(vmbridge):
     assert vmbridge.left() == []
 
 
-def test_vmbridge_without_nat_wants_no_forwarding_whatever_the_bridge_is_called(vmbridge):
-    vmbridge.host.ip("link add masquerade type bridge", "address add 10.9.9.1/24 dev masquerade")
-    vmbridge("start", bridge="masquerade")
-    vmbridge("status", bridge="masquerade")
-
-
-NO_BRIDGES = {"none": "no such bridge", "lo": "no such bridge", "../x": "not the name of a bridge"}
-NO_BRIDGES |= {"empty": "has no IPv4 address", "single": "has no IPv4 address with a network"}
-NO_BRIDGES |= {"small": "10.9.9.1/29 is too small"}
-
-
 def test_vmbridge_refuses_in_one_line_and_changes_nothing(vmbridge):
     vmbridge.host.ip(*(f"link add {name} type bridge" for name in ("empty", "small", "single")))
     vmbridge.host.ip("address add 10.9.9.1/29 dev small", "address add 10.9.8.1 peer 10.9.8.2 dev single")
     for words in ("br0 begin", "br0", "br0 stop nat"):
         vmbridge.refuses(2, f"error: {words}: no such usage: see --help", *words.split())
-    for bridge, why in NO_BRIDGES.items():
+    for bridge, why in (
+        ("none", "no such bridge"),
+        ("lo", "no such bridge"),
+        ("../x", "not the name of a bridge"),
+        ("empty", "has no IPv4 address"),
+        ("single", "has no IPv4 address with a network"),
+        ("small", "10.9.9.1/29 is too small"),
+    ):
         vmbridge.refuses(1, f"{bridge}: {why}", bridge, "start")
     vmbridge.refuses(1, "br0: does not run", "br0", "reload")
     vmbridge.script.chmod(0o644)
@@ -239,6 +223,7 @@ def test_vmbridge_serves_clients_without_udp_checksums_and_reads_ethers_and_host
     assert 192 <= int(other.addresses("10")[0].split(".")[3]) <= 223
     assert host.registry()[other.mac]["name"] == "other"
     assert other.resolve("fixed", "A") == ["10.83.0.20"]
+    assert other.resolve(f"other.lease.{DOMAIN}", "A") == other.addresses("10")
     options = other.events().splitlines()[-1]
     assert "router= " in options + " " and "mtu=1400" in options
     (vmbridge.etc / "ethers").write_text("10:66:6a:4c:a1:22 late\n")
@@ -249,22 +234,26 @@ def test_vmbridge_serves_clients_without_udp_checksums_and_reads_ethers_and_host
     assert late.addresses("10") == ["10.83.0.30"]
 
 
-def test_vmbridge_names_are_the_registrys_and_not_the_clients(vmbridge):
-    host = vmbridge.host
+def test_vmbridge_evaluates_no_setting_and_its_names_are_the_registrys_and_not_the_clients(vmbridge):
+    host, domain = vmbridge.host, "a.example"
     (vmbridge.etc / "default").mkdir()
-    (vmbridge.etc / "default" / "instances").write_text("INSTANCES_BASE_ID=br0\n")
+    text = "# settings\nINSTANCES_BASE_ID='br0' # ours\nINSTANCES_HOSTS_DOMAIN=\".a.example,.b.example\"\nexit 7\n"
+    text += "INSTANCES_ADDRESS_SETS=$(touch /run/vmbridge-evaluated)\ntouch /run/vmbridge-run"
+    (vmbridge.etc / "default" / "instances").write_text(text)
     host.base = host.folder / "instances-br0"
     vmbridge("start")
+    assert sorted(path.name for path in vmbridge.runtime.glob("vmbridge*")) == ["vmbridge.br0.nft", "vmbridge.br0.pid"]
+    assert f"--local=/{domain}/\0" in process_file(vmbridge.pid(), "cmdline")
     web, wpad = guest(vmbridge, "web", 11), guest(vmbridge, "wpad", 12)
     [address] = web.addresses("10")
     assert [host.registry()[client.mac]["name"] for client in (web, wpad)] == ["web", ""]
-    assert web.resolve(f"web.lease.{DOMAIN}", "A") == [address]
-    for name in ("web", f"web.{DOMAIN}", "wpad", f"wpad.{DOMAIN}", f"wpad.lease.{DOMAIN}"):
+    assert web.resolve(f"web.lease.{domain}", "A") == [address]
+    for name in ("web", f"web.{domain}", "wpad", f"wpad.{domain}", f"wpad.lease.{domain}"):
         assert web.resolve(name, "A") == [], name
     new = host.folder / "new"
-    new.write_text(f"{address} web.{DOMAIN}\n")
+    new.write_text(f"{address} web.{domain}\n")
     new.rename(host.folder / "instances-br0.hosts.d" / "instances.hosts")
-    wait_for(lambda: wpad.resolve(f"web.{DOMAIN}", "A") == [address], "the registry's names")
+    wait_for(lambda: wpad.resolve(f"web.{domain}", "A") == [address], "the registry's names")
 
     # A guest that says another's client identifier, and asks for the search domain
     thief = host.client("thief", "10:66:6a:4c:a1:13")
@@ -273,35 +262,17 @@ def test_vmbridge_names_are_the_registrys_and_not_the_clients(vmbridge):
     thief.run("udhcpc", "-qfn", "-i", "eth0", "-s", thief.script, "-O", "search", "-C", "-x", identifier)
     bound = thief.events().splitlines()[-1]
     assert bound.startswith("bound 10.83.0.") and f"bound {address} " not in bound
-    assert bound.endswith(f" domain={DOMAIN} search={DOMAIN}")
+    assert bound.endswith(f" domain={domain} search={domain}")
 
 
-def test_vmbridge_asks_nobody_about_addresses_of_its_own_network(vmbridge, outside):
-    log = vmbridge.host.folder / "asked"
-    outside.hear(log, "::ffff:192.0.2.53", 53)
-    vmbridge("start")
-    web = guest(vmbridge, "web", 11)
-    for address in ("10.83.0.99", "198.51.100.99"):
-        web.run("dig", "+timeout=1", "+tries=1", "@10.83.0.1", "-x", address, check=False)
-    wait_for(lambda: "198" in log.read_text(), "a question about another network")
-    assert "\\x0283" not in log.read_text()
-
-
-def test_vmbridge_reads_settings_and_evaluates_none(vmbridge):
-    (vmbridge.etc / "default").mkdir()
-    text = "# settings\nINSTANCES_BASE_ID='br0' # ours\nINSTANCES_HOSTS_DOMAIN=\".a.example,.b.example\"\nexit 7\n"
-    text += "INSTANCES_ADDRESS_SETS=$(touch /run/vmbridge-evaluated)\ntouch /run/vmbridge-run"
-    (vmbridge.etc / "default" / "instances").write_text(text)
-    vmbridge("start")
-    options = Path(f"/proc/{vmbridge.pid()}/cmdline").read_text().split("\0")
-    assert "--local=/a.example/" in options and "--hostsdir=/var/lib/misc/instances-br0.hosts.d" in options
-    assert sorted(path.name for path in vmbridge.runtime.glob("vmbridge*")) == ["vmbridge.br0.nft", "vmbridge.br0.pid"]
-
-
-def test_vmbridge_does_nat_if_asked_and_lets_nobody_in(vmbridge, outside):
+def test_vmbridge_does_nat_if_asked_lets_nobody_in_and_asks_nobody_about_its_own_network(vmbridge):
     host = vmbridge.host
-    host.ip("address add 10.84.0.1/24 dev br0", "link add br1 type bridge", "link set br1 up")
-    host.ip("address add 10.85.0.1/24 dev br1")
+    # A machine beyond the host, that of its resolver, that knows no route to the guests
+    outside, asked = host.client("outside", "10:66:6a:4c:b0:01", "out", bridge="", wait=False), host.folder / "asked"
+    outside.ip("address add 192.0.2.53/24 dev eth0")
+    outside.hear(asked, "::ffff:192.0.2.53", 53)
+    host.ip("address add 192.0.2.1/24 dev out", "address add 10.84.0.1/24 dev br0")
+    host.ip("link add br1 type bridge", "link set br1 up", "address add 10.85.0.1/24 dev br1")
     for bridge in ("br0", "br1"):
         vmbridge("start", "nat", bridge=bridge)
     web = guest(vmbridge, "web", 11)
@@ -309,6 +280,10 @@ def test_vmbridge_does_nat_if_asked_and_lets_nobody_in(vmbridge, outside):
     second = guest(vmbridge, "second", 12, "10.84.0.1")
     other = guest(vmbridge, "other", 13, "10.85.0.1", "br1")
     [address] = web.addresses("10")
+    for unknown in ("10.83.0.99", "198.51.100.99"):
+        web.run("dig", "+timeout=1", "+tries=1", "@10.83.0.1", "-x", unknown, check=False)
+    wait_for(lambda: "198" in asked.read_text(), "a question about another network")
+    assert "\\x0283" not in asked.read_text()
 
     # Out: all networks of the bridge behind the host's address, for outside knows no route back.
     assert all(client.pings("192.0.2.53") for client in (web, second, other))
