@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, TOP, Host, Namespace, block, has_ibrname, make_etc, mounted, wait_for
+from lab import EXAMPLES, TOP, Host, block, has_ibrname, make_etc, mounted, wait_for
 
 pytestmark = pytest.mark.slow
 # A test gets a block by block, block.sh or follow, and in no other way: so these calls say which blocks are run.
@@ -108,45 +108,10 @@ def bare(tmp_path):
 
 
 @pytest.fixture
-def bridgeless(bare):
-    """A host without a bridge, and nothing installed."""
-    bare.run("ip", "link", "delete", "br0")
-    return bare
-
-
-@pytest.fixture
 def machine(bare):
     """A host on which the first page was followed."""
     bare.follow("README.md", "install -m 755")
     return bare
-
-
-@pytest.fixture
-def guests(machine):
-    """Two guests with leases, whose MAC addresses are those of the pages: web and db."""
-    guests = [machine.client(name, f"10:66:6a:4c:a1:1{n}") for n, name in ((1, "web"), (2, "db"))]
-    for guest in guests:
-        guest.dhcp4(guest.label)
-    machine.shell("instances-apply")
-    return guests
-
-
-def pings_from(guest, source: str) -> bool:
-    """Tell whether the host answers a guest's other address."""
-    target = "2001:67c:83::1" if ":" in source else "10.83.0.1"
-    return guest.run("ping", "-n", "-c", "1", "-W", "1", "-I", source, target, check=False).returncode == 0
-
-
-def assert_answered(guest) -> None:
-    """Wait until the host answers a guest over both IP versions, also after questions that were dropped."""
-    for address in ("10.83.0.1", "2001:67c:83::1"):
-        wait_for(lambda a=address: guest.pings(a), f"{address} answers {guest.label}")
-
-
-def take(guest, *addresses: str) -> None:
-    """Have a guest take addresses."""
-    for address in addresses:
-        guest.run("ip", "address", "add", address, "dev", "eth0", *(["nodad"] if ":" in address else []))
 
 
 def test_dnsmasq_page_gives_names_and_leases_and_has_a_lan_find_names_by_its_router_and_nothing_else(bare):
@@ -157,24 +122,19 @@ def test_dnsmasq_page_gives_names_and_leases_and_has_a_lan_find_names_by_its_rou
     assert bare.registry()[guest.mac]["name"] == "web"
     (bare.folder / "instances.hosts.d" / "names").write_text("10.83.0.1 host.instance.internal\n")
     wait_for(lambda: guest.resolve("host.instance.internal", "A") == ["10.83.0.1"], "a name")
-    lan = Namespace("lan")
-    try:
-        bare.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", lan.name)
-        for node, address in ((bare, "192.0.2.1/24"), (lan, "192.0.2.7/24")):
-            node.run("ip", "address", "add", address, "dev", "eth0")
-            node.run("ip", "link", "set", "eth0", "up")
-        lines = re.findall("`((?:server|rebind-domain-ok)=[^`]*)`", (EXAMPLES / "dnsmasq/README.md").read_text())
-        router = ("dnsmasq", "-d", "-R", "-C", "/dev/null", "--listen-address=127.0.0.1", "--bind-interfaces")
-        lan.start(*router, "--stop-dns-rebind", *(f"--{line}" for line in lines), stderr=subprocess.DEVNULL)
-        ask = ("dig", "+short", "+timeout=1", "+tries=1", "@127.0.0.1", "host.instance.internal")
-        assert lan.run(*ask, check=False).stdout.startswith(";")
-        (bare.etc / "dnsmasq.d" / "lan.conf").write_text(block("examples/dnsmasq/README.md", "auth-zone"))
-        bare.shell("systemctl restart dnsmasq")
-        wait_for(lambda: lan.run(*ask, check=False).stdout == "10.83.0.1\n", "the name")
-        assert "REFUSED" in lan.run("dig", "+timeout=1", "@192.0.2.1", "-x", "10.83.0.1").stdout
-        assert guest.resolve("host.instance.internal", "A") == ["10.83.0.1"]
-    finally:
-        lan.close()
+    lan = bare.client("lan", "10:66:6a:4c:b0:01", "eth0", bridge="", wait=False)
+    for node, address in ((bare, "192.0.2.1/24"), (lan, "192.0.2.7/24")):
+        node.run("ip", "address", "add", address, "dev", "eth0")
+    lines = re.findall("`((?:server|rebind-domain-ok)=[^`]*)`", (EXAMPLES / "dnsmasq/README.md").read_text())
+    router = ("dnsmasq", "-d", "-R", "-C", "/dev/null", "--listen-address=127.0.0.1", "--bind-interfaces")
+    lan.start(*router, "--stop-dns-rebind", *(f"--{line}" for line in lines), stderr=subprocess.DEVNULL)
+    ask = ("dig", "+short", "+timeout=1", "+tries=1", "@127.0.0.1", "host.instance.internal")
+    assert lan.run(*ask, check=False).stdout.startswith(";")
+    (bare.etc / "dnsmasq.d" / "lan.conf").write_text(block("examples/dnsmasq/README.md", "auth-zone"))
+    bare.shell("systemctl restart dnsmasq")
+    wait_for(lambda: lan.run(*ask, check=False).stdout == "10.83.0.1\n", "the name")
+    assert "REFUSED" in lan.run("dig", "+timeout=1", "@192.0.2.1", "-x", "10.83.0.1").stdout
+    assert guest.resolve("host.instance.internal", "A") == ["10.83.0.1"]
 
 
 # Asks for a router advertisement, and prints it
@@ -232,53 +192,49 @@ def test_nftables_and_systemd_pages_load_their_tables_also_where_a_kernel_does_n
     assert "ibrname" not in machine.run("nft", "list", "ruleset").stdout
 
 
-def test_nftables_recipes_tell_who_was_dropped_and_leave_ipv6_alone(machine, guests):
-    take(guests[0], "2001:67c:83::abcd/80")
-    assert not guests[0].pings("2001:67c:83::1")
+def test_nftables_recipes_tell_who_was_dropped_and_let_in_addresses_and_networks_and_all_of_ipv6(machine):
+    host4, host6, numbers = "10.83.0.1", "2001:67c:83::1", {"web": 11, "db": 12, "mail": 20}
+    web, db, mail = guests = [machine.client(name, f"10:66:6a:4c:a1:{n}") for name, n in numbers.items()]
+
+    def change(guest, what, *addresses):
+        guest.ip(*(f"address {what} {address} nodad" for address in addresses))
+
+    for guest, n in zip(guests, numbers.values()):
+        change(guest, "add", f"10.83.0.{n}/24 dev eth0", f"2001:67c:83::{n}/80 dev eth0")
+    for guest, address in ((web, "10.83.0.11"), (web, "2001:67c:83::11"), (db, "10.83.0.12")):
+        machine.shell(f"DNSMASQ_MAC={guest.mac} instances-update.py add {guest.mac} {address}; instances-apply")
+    web.wait_pings(host4, host6)
+
+    assert not mail.pings(host4) and not mail.pings(host6)
     told = machine.follow("examples/nftables/README.md", "nft list set")
-    assert re.search("10:66:6a:4c:a1:11 . .*. counter packets [1-9]", told)
+    assert re.search(f"{mail.mac} . .*. counter packets [1-9]", told)
+    machine.follow("examples/nftables/README.md", "mail")
+    machine.shell("instances-apply")
+    mail.wait_pings(host4, host6)
+    wait_for(lambda: mail.resolve("mail.instance.internal", "AAAA") == ["2001:67c:83::20"], "its name")
+
+    for allowed in (False, True):  # an address of several guests
+        for guest in (web, db):
+            change(guest, "add", "10.83.0.50/24 dev eth0", "2001:67c:83::50/80 dev eth0")
+            machine.run("ip", "neighbour", "flush", "dev", "br0")
+            answered = [guest.pings(host4, "-I", "10.83.0.50"), guest.pings(host6, "-I", "2001:67c:83::50")]
+            assert answered == [allowed, allowed]
+            change(guest, "delete", "10.83.0.50/24 dev eth0", "2001:67c:83::50/80 dev eth0")
+        machine.follow("examples/nftables/README.md", "--allow 10:66:6a:4c:a1:12")
+        machine.shell("instances-apply")
+
+    change(web, "add", "10.99.0.1/24 dev lo", "2001:67c:99::1/64 dev lo")
+    assert not web.pings(host4, "-I", "10.99.0.1") and not web.pings(host6, "-I", "2001:67c:99::1")
+    machine.follow("examples/nftables/README.md", "10.99.0.0/24")
+    machine.shell("instances-apply")
+    assert web.pings(host4, "-I", "10.99.0.1") and web.pings(host6, "-I", "2001:67c:99::1")
+
+    assert not db.pings(host6)
     rules, last = machine.etc / "instances" / "bridge.nft", "        goto instances_guard\n"
     line = block("examples/nftables/README.md", "ether type ip6 accept")
     rules.write_text(rules.read_text().replace(last, line + last))
     machine.shell("instances-apply")
-    assert_answered(guests[0])
-
-
-def test_nftables_recipe_enters_a_fixed_address(machine):
-    mail = machine.client("mail", "10:66:6a:4c:a1:20")
-    take(mail, "10.83.0.20/24", "2001:67c:83::20/80")
-    assert not mail.pings("10.83.0.1") and not mail.pings("2001:67c:83::1")
-    machine.follow("examples/nftables/README.md", "mail")
-    machine.shell("instances-apply")
-    assert_answered(mail)
-    wait_for(lambda: mail.resolve("mail.instance.internal", "AAAA") == ["2001:67c:83::20"], "its name")
-
-
-def test_nftables_recipe_allows_an_address_to_several_guests(machine, guests):
-    for allowed in (False, True):
-        for guest in guests:
-            take(guest, "10.83.0.50/24", "2001:67c:83::50/80")
-            machine.run("ip", "neighbour", "flush", "dev", "br0")
-            assert pings_from(guest, "10.83.0.50") == pings_from(guest, "2001:67c:83::50") == allowed
-            for address in ("10.83.0.50/24", "2001:67c:83::50/80"):
-                guest.run("ip", "address", "delete", address, "dev", "eth0")
-        machine.follow("examples/nftables/README.md", "--allow 10:66:6a:4c:a1:12")
-        machine.shell("instances-apply")
-
-
-def test_nftables_recipe_allows_a_network_behind_a_guest(machine):
-    web = machine.client("web", "10:66:6a:4c:a1:11")
-    take(web, "10.83.0.11/24", "2001:67c:83::11/80")
-    for address in ("10.83.0.11", "2001:67c:83::11"):
-        machine.shell(f"DNSMASQ_MAC={web.mac} instances-update.py add {web.mac} {address}")
-    for address in ("10.99.0.1/24", "2001:67c:99::1/64"):
-        web.run("ip", "address", "add", address, "dev", "lo")
-    machine.shell("instances-apply")
-    assert_answered(web)  # it knows the host's MAC address from now on
-    assert not pings_from(web, "10.99.0.1") and not pings_from(web, "2001:67c:99::1")
-    machine.follow("examples/nftables/README.md", "10.99.0.0/24")
-    machine.shell("instances-apply")
-    assert pings_from(web, "10.99.0.1") and pings_from(web, "2001:67c:99::1")
+    db.wait_pings(host4, host6)
 
 
 def test_nftables_recipe_for_a_64_leases_addresses_to_guests_that_make_none(bare):
@@ -340,32 +296,34 @@ def test_egress_page_has_its_domains_in_dnsmasq_and_its_rules_in_force_until_it_
     assert "egress" not in machine.run("nft", "list", "tables").stdout and not list(machine.etc.rglob("*egress*"))
 
 
-def test_routed_page_gives_the_guest_of_a_binding_its_lease_and_undoes_all(bridgeless):
+def test_routed_page_gives_the_guest_of_a_binding_its_lease_and_undoes_all(bare):
     need("dhcp_release")
-    links = bridgeless.run("ip", "-br", "link").stdout
-    bridgeless.follow("examples/routed/README.md", "mkdir -p /etc/routed")
-    bridgeless.follow("examples/routed/README.md", "ip link add gw0")
-    (bridgeless.etc / "routed" / "web").write_text(block("examples/routed/README.md", "INDEV="))
-    guest = bridgeless.client("web", "10:66:6a:4c:a1:11", "tap0", bridge="")
-    bridgeless.shell("instances-binding add /etc/routed/web")
+    bare.run("ip", "link", "delete", "br0")
+    links = bare.run("ip", "-br", "link").stdout
+    bare.follow("examples/routed/README.md", "mkdir -p /etc/routed")
+    bare.follow("examples/routed/README.md", "ip link add gw0")
+    (bare.etc / "routed" / "web").write_text(block("examples/routed/README.md", "INDEV="))
+    guest = bare.client("web", "10:66:6a:4c:a1:11", "tap0", bridge="")
+    bare.shell("instances-binding add /etc/routed/web")
     guest.dhcp4()
-    assert guest.addresses("10.85") == ["10.85.0.11"] and bridgeless.registry()[guest.mac]["name"] == "web"
-    bridgeless.shell("instances-binding remove /etc/routed/web")
-    bridgeless.follow("examples/routed/README.md", "ip link delete gw0")
-    bridgeless.run("ip", "link", "delete", "tap0")
-    assert bridgeless.run("ip", "-br", "link").stdout == links and not bridgeless.run("nft", "list", "tables").stdout
-    assert not (bridgeless.folder / "routed").exists() and not (bridgeless.sbin / "instances-binding").exists()
+    assert guest.addresses("10.85") == ["10.85.0.11"] and bare.registry()[guest.mac]["name"] == "web"
+    bare.shell("instances-binding remove /etc/routed/web")
+    bare.follow("examples/routed/README.md", "ip link delete gw0")
+    bare.run("ip", "link", "delete", "tap0")
+    assert bare.run("ip", "-br", "link").stdout == links and not bare.run("nft", "list", "tables").stdout
+    assert not (bare.folder / "routed").exists() and not (bare.sbin / "instances-binding").exists()
 
 
-def test_bridge_page_brings_its_bridge_up(bridgeless):
+def test_bridge_page_brings_its_bridge_up(bare):
     need("ifup", "sysctl")
-    network = bridgeless.etc / "network"
+    bare.run("ip", "link", "delete", "br0")
+    network = bare.etc / "network"
     for folder in ("interfaces.d", "if-pre-up.d", "if-up.d", "if-down.d", "if-post-down.d"):
         (network / folder).mkdir(parents=True)
     (network / "interfaces").write_text("source /etc/network/interfaces.d/*\n")  # as Debian has it
-    bridgeless.follow("examples/bridge/README.md", "ifup vmbr0")
-    bridgeless.client("web", "10:66:6a:4c:a1:11", bridge="vmbr0").dhcp4("web")
-    assert bridgeless.registry()["10:66:6a:4c:a1:11"]["ipv4"].startswith("10.83.1.")
-    bridgeless.shell("ifdown vmbr0")  # the bridge stays, having a guest's port
-    bridgeless.run("ip", "link", "delete", "vmbr0")
-    assert not bridgeless.run("nft", "list", "tables").stdout
+    bare.follow("examples/bridge/README.md", "ifup vmbr0")
+    bare.client("web", "10:66:6a:4c:a1:11", bridge="vmbr0").dhcp4("web")
+    assert bare.registry()["10:66:6a:4c:a1:11"]["ipv4"].startswith("10.83.1.")
+    bare.shell("ifdown vmbr0")  # the bridge stays, having a guest's port
+    bare.run("ip", "link", "delete", "vmbr0")
+    assert not bare.run("nft", "list", "tables").stdout
