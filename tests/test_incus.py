@@ -24,7 +24,6 @@ monitor:*) exec tail -n +1 -f "$here/events" ;;
 *) cat "$here/one" ;;
 esac
 """
-GONE = json.dumps({"error_code": 404, "error": "Instance not found", "metadata": None})
 WEB, OLD, OTHER, NOBODYS = (f"10:66:6a:00:00:0{number}" for number in (1, 2, 3, 4))
 BEFORE = {
     HOST_MAC: {"name": "host", "ipv4": "10.83.0.1"},
@@ -34,12 +33,11 @@ BEFORE = {
 }
 
 
-def answer(instances):
-    return json.dumps({"error_code": 0, "error": "", "metadata": instances})
+def answer(metadata, code=0, error=""):
+    return json.dumps({"error_code": code, "error": error, "metadata": metadata})
 
 
-def failure(code, error):
-    return json.dumps({"error_code": code, "error": error, "metadata": None})
+GONE = answer(None, 404, "Instance not found")
 
 
 def instance(name, mac, project="default", parent="br0", **options):
@@ -102,14 +100,15 @@ def test_incus_example_gives_names_also_before_a_lease_and_removes_what_is_gone(
 
 
 def test_incus_example_changes_nothing_by_an_answer_that_is_none(incus):
-    for one in (failure(403, "not authorized"), "", "[]", "Error: connection refused"):  # of one that is not listed
+    # Of one that is not listed, and then of all
+    for one in (answer(None, 403, "not authorized"), "", "[]", "Error: connection refused"):
         incus.says(answer([]), one)
         refused(incus, "Incus")
     odd = {"name": "web", "project": "default"}
     odder = odd | {"expanded_devices": {"eth0": {"type": 1}}, "config": 1}
     lists = (None, {"a": 1}, [1], [odd], [odder], [instance(5, WEB)])
     cut = answer([instance("x", OTHER)])[:-40]
-    for text in ("", "null", "not json", cut, failure(500, "database is locked"), *map(answer, lists)):
+    for text in ("", "null", "not json", cut, answer(None, 500, "database is locked"), *map(answer, lists)):
         incus.says(text)
         refused(incus, "Incus")
 
@@ -164,7 +163,7 @@ def test_incus_example_says_in_one_line_what_is_missing_and_changes_nothing(incu
     refused(incus, "no instances-update.py on the PATH\n")
 
 
-def test_incus_example_keeps_an_instance_until_its_leases_are_ended(incus):
+def test_incus_example_keeps_an_instance_until_its_leases_are_ended_on_no_host_that_follows_another(incus):
     """dnsmasq is stopped, and at first the program that asks it is missing."""
     incus.host.stop_dnsmasq()
     shutil.copy(TOP / "instances-update.py", incus.folder)
@@ -175,23 +174,17 @@ def test_incus_example_keeps_an_instance_until_its_leases_are_ended(incus):
         assert result.returncode == 1 and told in result.stderr.splitlines()[-1]
         assert incus.names() == {HOST_MAC: "host", WEB: "web", OLD: "", NOBODYS: "Mail"}
     leases = serve(incus.host, f"{OLD} 10.83.0.112 ubuntu *")
-    assert incus.run("--once").returncode == 0 and OLD not in incus.names() and leases.read_text() == ""
-
-
-def test_incus_example_changes_nothing_on_a_host_that_follows_another(incus):
-    """Nor does it end a lease: who writes the registry does."""
-    leases = serve(incus.host, f"{OLD} 10.83.0.112 ubuntu *")
     follows = incus.host.folder / "instances.follows"
     follows.write_text("a writes it")
     refused(incus, "is not to be changed on this host: a writes it")
     assert OLD in leases.read_text()
     follows.unlink()
-    assert incus.run("--once").returncode == 0 and OLD not in incus.names()
+    assert incus.run("--once").returncode == 0 and OLD not in incus.names() and leases.read_text() == ""
 
 
 def test_incus_example_leaves_alone_what_is_on_a_member_of_the_cluster_that_is_not_reached(incus):
     lost = {"name": "web", "project": "default", "status": "Error", "status_code": 400, "location": "c", "config": None}
-    said = incus.compare(lost, instance("new", OTHER), one=failure(503, "no"))
+    said = incus.compare(lost, instance("new", OTHER), one=answer(None, 503, "no"))
     assert "default/web stays as it is: Incus does not reach c" in said
     assert incus.names() == {**{m: i["name"] for m, i in BEFORE.items()}, OTHER: "new"}
 

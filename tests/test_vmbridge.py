@@ -102,7 +102,7 @@ def test_vmbridge_starts_once_without_forwarding_and_stops_its_own_only(vmbridge
     assert not is_alive(pid) and vmbridge.left() == ["table inet mine {", "}"]
     vmbridge("stop")
     vmbridge("status", status=3)
-    # Also where a bridge is called as what forwards is
+    # Also for a bridge whose name is that of the rule that would need it
     vmbridge.host.ip("link add masquerade type bridge", "address add 10.9.9.1/24 dev masquerade")
     vmbridge("start", bridge="masquerade")
     vmbridge("status", bridge="masquerade")
