@@ -66,6 +66,7 @@ def test_link_local_address_is_its_first_sender_s(claimed, attacker):
     for name in ("other", "registered"):
         for _, reason, frame in forged:
             claimed.is_dropped(reason, attacker, frame)
+        assert host.neighbour(CLAIMED) == victim.mac
         before = host.drops(attacker.mac)
         claimed.change("--rename", claimed.registered.mac, name)
         assert host.drops(attacker.mac) == before

@@ -237,8 +237,8 @@ def test_vmbridge_serves_clients_without_udp_checksums_and_reads_ethers_and_host
 def test_vmbridge_evaluates_no_setting_and_its_names_are_the_registrys_and_not_the_clients(vmbridge):
     host, domain = vmbridge.host, "a.example"
     (vmbridge.etc / "default").mkdir()
-    text = "# settings\nINSTANCES_BASE_ID='br0' # ours\nINSTANCES_HOSTS_DOMAIN=\".a.example,.b.example\"\nexit 7\n"
-    text += "INSTANCES_ADDRESS_SETS=$(touch /run/vmbridge-evaluated)\ntouch /run/vmbridge-run"
+    text = "# settings\nINSTANCES_BASE_ID='br0' # ours\nINSTANCES_HOSTS_DOMAIN=\".a.example,.b.example\"\n"
+    text += "INSTANCES_ADDRESS_SETS=$(touch /run/vmbridge-evaluated)\ntouch /run/vmbridge-run\nexit 7"
     (vmbridge.etc / "default" / "instances").write_text(text)
     host.base = host.folder / "instances-br0"
     vmbridge("start")
