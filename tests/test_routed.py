@@ -394,16 +394,17 @@ def test_no_guest_asks_a_server_elsewhere_in_fragments_neither_or_is_one(routed)
     outside.ip("link set eth0 up", "address add 192.0.2.9/24 dev eth0", "address add 2001:67c:99::9/64 dev eth0 nodad")
     hook = "type filter hook prerouting priority -500"
     outside.run("nft", f"table ip6 seen {{ chain c {{ {hook}; exthdr frag exists counter; }}; }}")
-    heard = {port: routed.host.folder / f"heard{port}" for port in (67, 68, 5000)}
+    heard = {port: routed.host.folder / f"heard{port}" for port in (67, 68, 547, 5000)}
     for port, log in heard.items():
         outside.hear(log, "::", port)
+    addresses = routed.slaac(guest), "2001:67c:99::9"
     ip, message = scapy.IP(src="10.85.0.12", dst="192.0.2.9"), scapy.BOOTP(chaddr=octets(guest.mac))
+    routed.send(guest, scapy.IPv6(src=addresses[0], dst=addresses[1]) / scapy.UDP(sport=546, dport=547))
     for sport, dport in ((68, 67), (67, 68), (68, 5000)):
         routed.send(guest, ip / scapy.UDP(sport=sport, dport=dport) / message)
     wait_for(lambda: "10.85.0.12" in heard[5000].read_text(), "what else it sends")
-    assert [heard[port].read_text() for port in (67, 68)] == 2 * ["listens\n"]
+    assert [heard[port].read_text() for port in (67, 68, 547)] == 3 * ["listens\n"]
 
-    addresses = routed.slaac(guest), "2001:67c:99::9"
     options = bytes([17, 1, 1, 12]) + bytes(12)  # Destination Options with padding, and UDP behind
     request = bytes(scapy.UDP(sport=546, dport=547) / scapy.DHCP6_Solicit(trid=7)) + bytes(40)
     other = bytes(scapy.UDP(sport=5000, dport=5000)) + bytes(40)
