@@ -197,6 +197,7 @@ def test_routed_example_binds_guests_to_their_devices(routed):
     # A guest without a binding gets nothing
     routed.gets_no_lease(guests[2])
     assert host.registry() == before and not guests[2].addresses("2001") and not has_default_route(guests[2])
+    assert one.pings("ff02::2%eth0") and not guests[2].pings("ff02::2%eth0")
 
     # A guest can't use another's address
     one.ip("address add 10.85.0.11/24 dev eth0")
