@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from attacks import SNIFFER, advertised, arp, bootp, datagram, hearing, octets, rarp, scapy
 from conftest import PROGRAMS, load, need
 from lab import BRIDGE_ADDRESSES, UPDATE, environment, wait_for
 from network_lab import (
@@ -42,8 +43,7 @@ def followers(tmp_path_factory):
     need(*PROGRAMS, "etcd", "etcdctl", "openssl", "prlimit")
     with contextlib.closing(Site(tmp_path_factory.mktemp("network"))) as site:
         a = site.hosts[0]
-        for address in BRIDGE_ADDRESSES:
-            a.run("ip", "address", "add", address, "dev", "br0", "nodad")
+        a.ip(*(f"address add {address} dev br0 nodad" for address in BRIDGE_ADDRESSES))
         for host in site.hosts:
             host.guard()
             host.start_names()
@@ -81,21 +81,6 @@ def test_each_host_answers_its_own_guests_for_names(followers):
         names.send_signal(signal.SIGCONT)
 
 
-def move(guest, host, port):
-    """Unplug a guest, and plug it in at another host."""
-    guest.host.run("ip", "link", "set", port, "netns", host.name)
-    host.run("ip", "link", "set", port, "master", "br0", "up")
-    guest.host.clients.remove(guest)
-    host.clients.append(guest)
-    guest.host = host
-
-
-def rarp(mac):
-    """Return what QEMU sends in its guest's name when it has arrived."""
-    own = bytes.fromhex(mac.replace(":", ""))
-    return b"\xff" * 6 + own + bytes.fromhex("80350001080006040003") + (own + bytes(4)) * 2 + bytes(18)
-
-
 def dropped(host):
     """Return how many frames the host's guard has dropped, the limit of requests aside."""
     return host.dropped() - host.dropped(reason="DHCP too often")
@@ -112,10 +97,14 @@ def test_moved_guest_is_reached_at_once(followers):
     wait_for(lambda: all(p.answered() for p in pingers), "answers before the move")
     for host, announced in ((b, False), (c, True), (a, False), (b, True)):
         before = dropped(host)
-        move(guest, host, "mover")
+        guest.host.run("ip", "link", "set", "mover", "netns", host.name)
+        host.run("ip", "link", "set", "mover", "master", "br0", "up")
+        guest.host.clients.remove(guest)
+        host.clients.append(guest)
+        guest.host = host
         if announced:
             seen = followers.rarps()  # sent again, as QEMU does: the port may not be up yet
-            wait_for(lambda seen=seen: guest.send(rarp(guest.mac)) or followers.rarps() > seen, "the switch hears it")
+            wait_for(lambda n=seen: guest.send(bytes(rarp(guest))) or followers.rarps() > n, "the switch hears it")
         now = time.time()
         wait_for(lambda now=now: all(p.answered(now) for p in pingers), f"answers on {host.letter}")
         assert dropped(host) == before
@@ -125,8 +114,6 @@ def test_moved_guest_is_reached_at_once(followers):
 @contextlib.contextmanager
 def listening(guest):
     """Have a guest listen; give a function that returns the frames so far, with all that were sent before."""
-    from attacks import SNIFFER, hearing  # which needs scapy
-
     with hearing(guest, SNIFFER) as heard:
 
         def all_heard():
@@ -138,35 +125,24 @@ def listening(guest):
         yield all_heard
 
 
-def spoofed(attacker, victim, entry):
-    """Return frames of an attacker's in another's name, by the reasons to drop them."""
-    from attacks import EVERYONE, NODES, bootp, datagram, scapy
-
-    own, four, six = attacker.mac, entry["ipv4"], entry["ipv6_ula"]
-    arp = scapy.ARP(op=2, hwsrc=own, psrc=four, hwdst=EVERYONE, pdst=four)
-    advert = scapy.ICMPv6ND_NA(tgt=six, R=0, S=0, O=1) / scapy.ICMPv6NDOptDstLLAddr(lladdr=own)
-    frames = {
-        "ARP address": scapy.Ether(src=own, dst=EVERYONE) / arp,
-        "NDP target": scapy.Ether(src=own, dst=NODES) / scapy.IPv6(src=six, dst="ff02::1") / advert,
-        "IPv4 source": datagram(attacker, four, "255.255.255.255"),
-        "IPv6 source": datagram(attacker, six, "ff02::1"),
-        "DHCP message": bootp(attacker, "discover", chaddr=victim.mac),
-    }
-    return {reason: bytes(frame) for reason, frame in frames.items()}
-
-
 def test_nobody_on_any_host_may_use_the_name_of_a_guest_of_another(followers):
     victim = followers.guests[0]
-    entry = victim.host.registry()[victim.mac]
+    four, six = (victim.host.registry()[victim.mac][field] for field in ("ipv4", "ipv6_ula"))
     for number, host in enumerate(followers.hosts):
         attacker = host.client("attacker", f"10:66:6a:4c:b{number}:31", port="attacker", wait=False)
-        frames = spoofed(attacker, victim, entry)
+        frames = {  # by the reasons to drop them
+            "ARP address": arp(attacker, four, four, 2),
+            "NDP target": advertised(attacker, six),
+            "IPv4 source": datagram(attacker, four, "255.255.255.255"),
+            "IPv6 source": datagram(attacker, six, "ff02::1"),
+            "DHCP message": bootp(attacker, "discover", chaddr=victim.mac),
+        }
 
         def arrived(attacker=attacker, frames=frames, listener=followers.guests[1 + number % 2]):
             with listening(listener) as heard:
-                attacker.send(*frames.values())
+                attacker.send(*map(bytes, frames.values()))
                 found = heard()
-            return [reason for reason, f in frames.items() if any(f[6:30].hex() in line for line in found)]
+            return [why for why, f in frames.items() if any(bytes(f)[6:30].hex() in line for line in found)]
 
         host.run("nft", "delete", "table", "bridge", "instances")
         assert arrived() == [reason for reason in frames if reason != "DHCP message"]  # the other's guard keeps it out
@@ -180,8 +156,6 @@ def test_nobody_on_any_host_may_use_the_name_of_a_guest_of_another(followers):
 
 
 def test_dhcp_of_guests_goes_to_the_server_and_to_no_guest(followers):
-    from attacks import datagram, octets, scapy
-
     b = followers.hosts[1]
     guest = b.client("asks", "10:66:6a:4c:b1:41", port="asks", wait=False)
     with contextlib.ExitStack() as stack:
@@ -221,16 +195,14 @@ def one_line(site, host, words):
     assert len(found) == 1 and words in found[0] and site.hosts[2].registry() == before
 
 
-VALUES = [b"", b"{", *map(zlib.compress, (b"{", b"[]", b"{}", b'{"changes": {}}', b"[" * 100000))]
-
-
-@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
-def test_value_that_is_no_history_is_invalid(monkeypatch, value):
+def test_value_that_is_no_history_is_invalid(monkeypatch):
     monkeypatch.setenv("PATH", f"{UPDATE.parent}:{os.environ['PATH']}")
     etcd = load(FOLDER / "instances-etcd.py")
-    entry = {"key": etcd.encoded("/instances/history"), "value": base64.b64encode(value).decode()}
-    with pytest.raises(etcd.Invalid):
-        etcd.checked(entry)
+    texts = (b"{", b"[]", b"{}", b'{"changes": {}}', b"[" * 100000)
+    for value in (b"", b"{", *map(zlib.compress, texts)):
+        entry = {"key": etcd.encoded("/instances/history"), "value": base64.b64encode(value).decode()}
+        with pytest.raises(etcd.Invalid):
+            etcd.checked(entry)
 
 
 @pytest.mark.parametrize("number, value", [(1, b"{"), (2, zlib.compress(b'{"changes": {"a": 1}}'))], ids="12")

@@ -438,7 +438,7 @@ def test_what_no_server_would_load_is_refused_in_one_line_and_changes_nothing(tm
     (tmp_path / HOSTS).write_text("")
     before = {path: path.read_text() for path in tmp_path.iterdir()}
     for words in REFUSED:
-        result = zone("zone", tmp_path, *words)
+        result = zone("zone", tmp_path, *words, file="new" if "/" in words[0] else "made")
         assert result.returncode == 1 and re.fullmatch("instances-zone.py: error: .*\n", result.stderr), words
     assert {path: path.read_text() for path in tmp_path.iterdir()} == before
 
