@@ -61,32 +61,29 @@ def cluster(tmp_path_factory):
     """Hosts a and b after the README's commands, run twice."""
     need("sysctl", *PROGRAMS)
     hosts = []
-    for number, letter in ((1, "a"), (2, "b")):
+    for number, letter in enumerate("ab", 1):
         folder = tmp_path_factory.mktemp("cluster") / letter
         folder.mkdir()
         hosts.append(Host(folder, (f"10.84.{number}.1/24", f"fd84:{number}::1/80"), f"10:66:6a:4c:a{number}:fe"))
         hosts[-1].address = f"10.84.{number}.1"
-    a, b = hosts
-    a.ip(f"link add routed type veth peer name routed netns {b.name}")
-    for number, host in ((1, a), (2, b)):
+    hosts[0].ip(f"link add routed type veth peer name routed netns {hosts[1].name}")
+    for number, host in enumerate(hosts, 1):
         host.ip(f"address add 192.0.2.{number}/24 dev routed", f"address add 2001:db8::{number}/64 dev routed nodad")
         host.ip("link set routed up")
-        run_readme(host, COMMANDS)
-        run_readme(host, COMMANDS)
+        run_readme(host, 2 * COMMANDS)
         upstream = ["--port=5300", "--log-queries", "--address=/#/192.0.2.99", "--interface=lo", "--bind-interfaces"]
         with open(host.folder / "upstream.log", "w") as log:
             host.start(*DNSMASQ, *upstream, stdout=log, stderr=log)
         start_dnsmasq(host)
         hand_over(host)
-    yield a, b
+    yield hosts
     for host in hosts:
         host.close()
 
 
 def ask(client, *question) -> list[str]:
     """Return host a's answers to a question of one of its guests."""
-    command = ["dig", "+short", "+timeout=2", "+tries=1", "@10.84.1.1", *question]
-    return client.run(*command, check=False).stdout.split()
+    return client.run("dig", "+short", "+timeout=2", "+tries=1", "@10.84.1.1", *question, check=False).stdout.split()
 
 
 def test_names_resolve_and_guests_reach_each_other_across_hosts(cluster):
@@ -100,8 +97,7 @@ def test_names_resolve_and_guests_reach_each_other_across_hosts(cluster):
         assert "web.b.instance.internal." in ask(asks, "-x", reverse)
     assert ask(asks, "-x", "10.84.1.1") == ask(asks, "-x", "fd84:1::1") == ["host.a.instance.internal."]
     assert ask(asks, "-x", "fd84:2::1") == ["host.b.instance.internal."]
-    for reached in (address, address6, "10.84.2.1", "fd84:2::1"):
-        assert asks.pings(reached), reached
+    asks.wait_pings(address, address6, "10.84.2.1", "fd84:2::1")
     b.stop(b.dnsmasq)
     assert ask(asks, "host.a.instance.internal", "A") == ["10.84.1.1"]
     assert address not in ask(asks, "web.b.instance.internal", "A")
@@ -110,14 +106,12 @@ def test_names_resolve_and_guests_reach_each_other_across_hosts(cluster):
 
 def test_own_and_unknown_names_and_addresses_are_not_asked_upstream(cluster):
     a, _ = cluster
-    log = a.folder / "upstream.log"
     for name in ("nobody.a", "nobody", "host.c", "lease", "nobody.lease.a"):
         assert ask(a, f"{name}.instance.internal", "A") == ask(a, f"{name}.instance.internal", "AAAA") == []
     for address in ("10.84.1.77", "fd84:1::77", "fd84:1::7fff:ffff:ffff"):
         assert ask(a, "-x", address) == []
     assert ask(a, "elsewhere.example", "A") == ["192.0.2.99"]
-    asked = re.findall(r"query\[\w+\] (\S+)", log.read_text())
-    assert asked == ["elsewhere.example"]
+    assert re.findall(r"query\[\w+\] (\S+)", (a.folder / "upstream.log").read_text()) == ["elsewhere.example"]
 
 
 def test_names_that_clients_choose_are_only_below_lease(cluster):
@@ -171,8 +165,7 @@ def test_lease_is_the_mac_addresss_whatever_client_identifier_is_sent(cluster):
     a, _ = cluster
     holder = join(a, "10:66:6a:4c:a1:51", "holder", both=False)
     address = a.registry()[holder.mac]["ipv4"]
-    thief = a.client("thief", "10:66:6a:4c:a1:52", port="thief")
-    identifier = f"0x3d:01{holder.mac.replace(':', '')}"
+    thief, identifier = a.client("thief", "10:66:6a:4c:a1:52", port="thief"), f"0x3d:01{holder.mac.replace(':', '')}"
     thief.start("udhcpc", "-f", "-i", "eth0", "-C", "-x", identifier, "-s", thief.script, "-A", "1")
     thief.wait_registered("bound 10.84")
     assert a.registry()[thief.mac]["ipv4"] != address == a.registry()[holder.mac]["ipv4"]
@@ -180,7 +173,5 @@ def test_lease_is_the_mac_addresss_whatever_client_identifier_is_sent(cluster):
 
 def test_configurations_differ_only_by_host():
     a, b = ((EXAMPLES / "cluster" / f"{letter}.conf").read_text() for letter in "ab")
-    other = {"a.": "b.", "b.": "a.", "host a": "host b", "host b": "host a", "web.b": "web.a"}
-    other |= {"84.1.": "84.2.", "84.2.": "84.1.", "fd84:1:": "fd84:2:", "fd84:2:": "fd84:1:"}
-    pattern = r"host [ab]\b|web\.b|(?<![a-z])[ab]\.(?=instance)|84\.[12]\.|fd84:[12]:"
-    assert re.sub(pattern, lambda found: other[found[0]], a) == b
+    pattern = r"(?<=host )[ab]\b|(?<=web\.)b|(?<![a-z])[ab](?=\.instance)|(?<=84\.)[12](?=\.)|(?<=fd84:)[12](?=:)"
+    assert re.sub(pattern, lambda found: found[0].translate(str.maketrans("ab12", "ba21")), a) == b
