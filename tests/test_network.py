@@ -72,13 +72,10 @@ def test_each_host_answers_its_own_guests_for_names(followers):
 
     for case in itertools.product(followers.guests, ("10.83.0.2", "fd83:5eed::2"), ("+notcp", "+tcp")):
         wait_for(lambda case=case: asks(*case).stdout.split() == [address], f"a name for {case[0].label}, {case[1:]}")
-    names = followers.hosts[2].names
-    names.send_signal(signal.SIGSTOP)  # only its own guest is without
-    try:
-        answers = [asks(guest, "10.83.0.2", "+timeout=1", "+tries=1").returncode for guest in followers.guests]
-        assert answers == [0, 0, 9]
-    finally:
-        names.send_signal(signal.SIGCONT)
+    followers.hosts[2].names.send_signal(signal.SIGSTOP)  # only its own guest is without
+    answers = [asks(guest, "10.83.0.2", "+timeout=1", "+tries=1").returncode for guest in followers.guests]
+    followers.hosts[2].names.send_signal(signal.SIGCONT)
+    assert answers == [0, 0, 9]
 
 
 def dropped(host):
@@ -173,12 +170,12 @@ def test_dhcp_of_guests_goes_to_the_server_and_to_no_guest(followers):
 
 def test_change_on_a_follower_is_refused_with_the_name_of_the_host_to_make_it_on(followers):
     b = followers.hosts[1]
-    before = Path(f"{b.base}.json").read_bytes()
-    for arguments in (["--rename", followers.guests[1].mac, "x"], ["--remove", followers.guests[1].mac]):
-        assert b.refusal(*arguments).endswith(": a writes it\n")
-    assert Path(f"{b.base}.json").read_bytes() == before
-    Path(f"{b.base}.json").write_text("{}\n")  # by hand: it does not last
-    wait_for(lambda: Path(f"{b.base}.json").read_bytes() == before, "what etcd has")
+    file, mac = Path(f"{b.base}.json"), followers.guests[1].mac
+    before = file.read_bytes()
+    for arguments in (["--rename", mac, "x"], ["--remove", mac]):
+        assert b.refusal(*arguments).endswith(": a writes it\n") and file.read_bytes() == before
+    file.write_text("{}\n")  # by hand: it does not last
+    wait_for(lambda: file.read_bytes() == before, "what etcd has")
 
 
 def told(host):
@@ -361,42 +358,40 @@ def test_change_of_a_large_registry_is_in_force_on_another_host(followers):
 
 # ---- One program by itself ----
 @pytest.fixture(params=["instances-follow.py", "instances-lead.py"])
-def alone(host, request):
-    """A program on a host without an etcd: its path, and a function to start it that returns what it says."""
+def program(host, request):
+    """The path of a program, on a host without an etcd."""
     need(*PROGRAMS, "openssl")
     (host.folder / "bin").mkdir()
     copy_programs(host.folder / "bin")
-    path, log = host.folder / "bin" / request.param, host.folder / "said"
+    return host.folder / "bin" / request.param
 
-    def start(**variables):
-        env = environment(host.base, INSTANCES_WRITER="b", INSTANCES_TLS=f"{host.folder}/tls", **variables)
+
+def test_settings_that_are_none_are_told_in_one_line_and_so_is_an_interruption(program, host):
+    tls, log = host.folder / "tls", host.folder / "said"
+
+    def says(words, **variables):
+        env = environment(host.base, INSTANCES_WRITER="b", INSTANCES_TLS=str(tls), **variables)
         with open(log, "w") as file:
-            host.program = host.start(sys.executable, path, env=env, stderr=file)
-        return log.read_text
+            host.program = host.start(sys.executable, program, env=env, stderr=file)
+        wait_for(lambda: words in log.read_text() or host.program.poll() is not None, "the error")
+        return log.read_text()
 
-    return path, start
-
-
-def test_settings_that_are_none_are_told_in_one_line_and_so_is_an_interruption(alone, host):
-    said = alone[1]()
-    wait_for(lambda: "No such file" in said() or host.program.poll() is not None, "the error")
-    assert re.fullmatch(rf"{alone[0].name}: etcd .*certificates in {host.folder}/tls: .*\n", said())
+    assert re.fullmatch(rf"{program.name}: etcd .*certificates in {tls}: .*\n", says("No such file"))
     host.stop(host.program, signal.SIGKILL)  # or it tells of the certificates that there are now
-    make_certificates(host.folder / "tls")
+    make_certificates(tls)
     for end in ("crt", "key"):
-        shutil.copy(host.folder / "tls" / f"a.{end}", host.folder / "tls" / f"host.{end}")
-    said = alone[1](INSTANCES_ETCD="127.0.0.1:etcd")
-    wait_for(lambda: "127.0.0.1:etcd" in said() or host.program.poll() is not None, "the error")
-    assert re.fullmatch(rf"{alone[0].name}: .*127.0.0.1:etcd.*: nonnumeric port: 'etcd'\n", said())
+        shutil.copy(tls / f"a.{end}", tls / f"host.{end}")
+    said = says("127.0.0.1:etcd", INSTANCES_ETCD="127.0.0.1:etcd")
+    assert re.fullmatch(rf"{program.name}: .*127.0.0.1:etcd.*: nonnumeric port: 'etcd'\n", said)
     host.program.send_signal(signal.SIGINT)
-    assert host.program.wait(30) == 1 and "Traceback" not in said() and said().count("\n") == 2, said()
+    assert host.program.wait(30) == 1
+    assert "Traceback" not in log.read_text() and log.read_text().count("\n") == 2, log.read_text()
 
 
-def test_program_without_the_registrys_script_says_so_and_runs_no_other(alone, host):
-    (host.folder / "bin" / "instances-update.py").unlink()
+def test_program_without_the_registrys_script_says_so_and_runs_no_other(program, host):
+    (program.parent / "instances-update.py").unlink()
     (host.folder / "elsewhere").mkdir()
     (host.folder / "elsewhere" / "instances-update.py").write_text("print('anybody has written this')\n")
     env = environment(host.base, PATH="/usr/sbin:/usr/bin:/sbin:/bin")
-    command = ("sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", host.folder / "elsewhere", sys.executable, alone[0])
-    result = host.run(*command, env=env, check=False)
+    result = host.run(sys.executable, program, env=env, check=False, cwd=host.folder / "elsewhere")
     assert result.stdout == "" and result.returncode == 1 and result.stderr.count("\n") == 1, result
