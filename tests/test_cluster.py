@@ -10,10 +10,6 @@ from lab import DNSMASQ, EXAMPLES, PROCESS, UPDATE, Host, block, environment, wa
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = block("examples/cluster/README.md", "cp a.conf")
-MOVED = block("examples/cluster/README.md", "--remove MAC")
-GUEST = "10:66:6a:4c:a1:12"
-
 
 def run_readme(host: Host, commands: str) -> None:
     """Run commands of the README on host a, or what they are on host b, with paths below the host's folder."""
@@ -70,7 +66,7 @@ def cluster(tmp_path_factory):
     for number, host in enumerate(hosts, 1):
         host.ip(f"address add 192.0.2.{number}/24 dev routed", f"address add 2001:db8::{number}/64 dev routed nodad")
         host.ip("link set routed up")
-        run_readme(host, 2 * COMMANDS)
+        run_readme(host, 2 * block("examples/cluster/README.md", "cp a.conf"))
         upstream = ["--port=5300", "--log-queries", "--address=/#/192.0.2.99", "--interface=lo", "--bind-interfaces"]
         with open(host.folder / "upstream.log", "w") as log:
             host.start(*DNSMASQ, *upstream, stdout=log, stderr=log)
@@ -132,13 +128,12 @@ def test_names_that_clients_choose_are_only_below_lease(cluster):
 def test_moved_guest_is_taken_out_of_its_old_host_and_does_not_come_back(cluster):
     a, b = cluster
     others = [join(a, "10:66:6a:4c:a1:41", "early", both=False)]
-    guest = join(a, GUEST, "app")
+    guest = join(a, "10:66:6a:4c:a1:12", "app")
     others.append(join(a, "10:66:6a:4c:a1:42", "late", both=False))
-    addresses = [a.registry()[GUEST][field] for field in ("ipv4", "ipv6_ula")]
+    addresses = [a.registry()[guest.mac][field] for field in ("ipv4", "ipv6_ula")]
     a.clients.remove(guest)
     guest.close()
-    join(b, GUEST, "app", both=False)
-    there = b.registry()[GUEST]["ipv4"]
+    there = join(b, guest.mac, "app", both=False).addresses("10.84")[0]
     wait_for(lambda: ask(a, "app.b.instance.internal", "A") == [there], "the name on b")
     assert ask(a, "app.a.instance.internal", "A") == addresses[:1]
 
@@ -152,12 +147,13 @@ def test_moved_guest_is_taken_out_of_its_old_host_and_does_not_come_back(cluster
         hand_over(a)
         wait_for(lambda: ask(a, "host.a.instance.internal", "A") == ["10.84.1.1"], "the names on a")
 
-    stop, sed, remove, start = MOVED.replace(" MAC", f" {GUEST}").splitlines()
+    commands = block("examples/cluster/README.md", "--remove MAC").replace(" MAC", f" {guest.mac}")
+    stop, sed, remove, start = commands.splitlines()
     assert (stop, start) == ("systemctl stop dnsmasq", "systemctl start dnsmasq")
     restart(remove)
-    assert GUEST in a.registry()  # so the leases must go as well
+    assert guest.mac in a.registry()  # so the leases must go as well
     restart(*(sed.replace("ADDRESS", address) for address in addresses), remove)
-    assert GUEST not in a.registry() and ask(a, "app.a.instance.internal", "A") == []
+    assert guest.mac not in a.registry() and ask(a, "app.a.instance.internal", "A") == []
     assert ask(a, "app.b.instance.internal", "A") == [there]
 
 

@@ -31,7 +31,7 @@ XID = 0xABADCAFE  # as attacks.bootp has it
 ROUTER4, PC4, SILENT4, SILENT6 = "10.83.0.254", "10.83.0.50", "10.83.0.51", f"{ULA}51"
 DHCP4 = "--dhcp-range=10.83.0.100,10.83.0.199,120"
 DHCP6 = f"--dhcp-range={ULA}100,{ULA}1ff,64,120"
-SLAAC, NEW_SLAAC = f"--dhcp-range={PREFIX},ra-only,64,120", f"--dhcp-range={NEW},ra-only,64,120"
+SLAAC = f"--dhcp-range={PREFIX},ra-only,64,120"
 CLIENTS, RAPID = ("dhclient", "udhcpc", "dhcpcd"), ("dhcpcd", "networkd", "manager")
 ROUTERS = {  # the guests' clients, dnsmasq's options, and how addresses begin that are in use
     "DHCPv6": (("dhclient6", "dhcpcd6", "networkd6"), [DHCP6], ["fd83"]),
@@ -63,15 +63,14 @@ class Lan:
         for node, port in ((self.host, "up0"), (self.switch, "lan0")):
             node.run("ip", "link", "set", port, "master", "br0", "up")
         names = ("router", "pc", "silent")
-        self.router, self.pc, self.silent = machines = [
+        self.router, self.pc, _ = machines = [
             self.switch.client(name, f"10:66:6a:4c:a1:0{number}") for number, name in enumerate(names, 1)
         ]
         own = (ROUTER4, f"{PREFIX}fe", f"{ULA}fe", f"{NEW}fe"), (PC4, f"{ULA}50"), (SILENT4, SILENT6)
         for machine, addresses in zip(machines, own):
             machine.set("net/ipv6/conf/eth0/accept_ra", "0")
             machine.set("net/ipv4/neigh/eth0/locktime", "0")  # what it knows of others it may learn anew at once
-            for address in addresses:
-                machine.run(*f"ip address add {address}/{64 if ':' in address else 24} dev eth0 nodad".split())
+            machine.ip(*(f"address add {a}/{64 if ':' in a else 24} dev eth0 nodad" for a in addresses))
         self.host.start_guarded()
         self.host.update("add", self.router.mac, ROUTER4, "router")
         self.host.settle()
@@ -319,7 +318,7 @@ def test_guests_use_addresses_in_a_new_prefix_and_in_the_former_one(lan):
     lan.serve(SLAAC)
     guest = lan.guest()
     old = wait_for(lambda: guest.addresses(PREFIX[:-1]), "an address")[0]
-    lan.serve(NEW_SLAAC)
+    lan.serve(SLAAC.replace(PREFIX, NEW))
     new = wait_for(lambda: guest.addresses(NEW[:-1]), "an address with the new prefix")[0]
     for source, router in ((new, f"{NEW}fe"), (old, f"{PREFIX}fe")):
         ping = ("ping", "-nc1", "-W0.2", "-I", source, router)
@@ -411,10 +410,10 @@ def reply(message=scapy.DHCP6_Reply, source="fe80::1", destination="fe80::2", ad
     return packet
 
 
-def request6(message=scapy.DHCP6_Request, name=b"\0\3web\7example\0"):
+def request6(message=scapy.DHCP6_Request):
     """Return a client's DHCPv6 message with its name (RFC 4704)."""
     packet = ip6(GUEST, SERVERS, "ff02::1:2") / scapy.UDP(sport=546, dport=547) / message(trid=7)
-    return packet / scapy.Raw(b"\0\x27" + len(name).to_bytes(2, "big") + name)
+    return packet / scapy.Raw(b"\0\x27\0\x0e" + b"\0\3web\7example\0")
 
 
 def ack(mac=MAC, address=ADDRESS, **fields):

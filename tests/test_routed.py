@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from attacks import bootp, octets
 from conftest import PROGRAMS, need
-from lab import EXAMPLES, UPDATE, Client, Host, Namespace, environment, mounted, wait_for
+from lab import EXAMPLES, TOP, Client, Host, Namespace, environment, mounted, wait_for
 
 scapy = pytest.importorskip("scapy.all")
 pytestmark = pytest.mark.slow
 BINDING = EXAMPLES / "routed" / "instances-binding"
-CONFIG = EXAMPLES / "routed" / "gw0.conf"
 RULES = EXAMPLES / "routed" / "routed.nft"
 
 
@@ -24,11 +23,9 @@ class Routed:
 
     def __init__(self, host: Host):
         self.host, self.state, self.env = host, host.folder / "routed", environment(host.base)
-        for name in ("instances.hosts.d", "run", "sbin"):
+        for name in ("instances.hosts.d", "run"):
             (host.folder / name).mkdir()
-        shutil.copy(UPDATE, host.folder / "sbin")
-        places = {"/var/lib/misc": host.folder, "/run": host.folder / "run", "/usr/local/sbin": host.folder / "sbin"}
-        self.mounted = mounted(places)
+        self.mounted = mounted({"/var/lib/misc": host.folder, "/run": host.folder / "run", "/usr/local/sbin": TOP})
         self.binding("restore")
         self.boot()
 
@@ -46,7 +43,7 @@ class Routed:
         log = self.host.log
         started = log.read_text().count("started, version") if log.exists() else 0
         options = ("--keep-in-foreground", "--user=root", "--no-resolv", "--log-facility=-", "--log-dhcp")
-        command = ("dnsmasq", f"--conf-file={CONFIG}", *options, "--server=127.0.0.1")
+        command = ("dnsmasq", f"--conf-file={BINDING.parent}/gw0.conf", *options, "--server=127.0.0.1")
         with open(log, "a") as file:
             self.dnsmasq = self.host.start(*self.mounted, *command, env=self.env, stdout=file, stderr=file)
         wait_for(lambda: log.read_text().count("started, version") > started, "dnsmasq")
@@ -121,12 +118,10 @@ class Routed:
 
     def kernel(self) -> str:
         """Return what the kernel has of devices, addresses, routes and rules, but for what it makes by itself."""
-        commands = ("link show", "address show scope global", "-6 neighbour show proxy")
-        commands += ("-4 route show table all", "-6 route show table all")
-        texts = [self.host.run("ip", *command.split()).stdout for command in commands]
-        devices = re.findall(r"^\d+: ([^:@]+)", texts[0], re.MULTILINE)
-        flags = [f"/proc/sys/net/ipv4/conf/{device}/proxy_arp" for device in devices]
-        lines = "".join([*texts, self.host.run("cat", *flags).stdout, self.listing()]).splitlines(keepends=True)
+        commands = "link show\naddress show scope global\nneighbour show proxy\nroute show table all\n"
+        texts = [self.host.run("ip", version, "-batch", "-", input=commands).stdout for version in ("-4", "-6")]
+        texts += [self.host.run("sh", "-c", "grep . /proc/sys/net/ipv4/conf/*/proxy_arp").stdout, self.listing()]
+        lines = "".join(texts).splitlines(keepends=True)
         return "".join(line for line in lines if not re.search("fe80|ff00", line))
 
     def drops(self) -> int:
@@ -334,26 +329,24 @@ def test_no_guest_ends_anothers_lease_by_its_hardware_address(routed):
     client = one.dhcp4()
     two.dhcp4()
     router = routed.host.run("cat", f"/sys/class/net/{two.port}/address").stdout.strip()
-    everyone, requests = ("0.0.0.0", "255.255.255.255"), ("10.85.0.11", "10.85.0.1")
 
-    def message(kind, addresses, sender, victim, address, **fields):
+    def message(kind, victim, sender=two.mac, **fields):
+        address = "10.85.0.10" if victim is one else "10.85.0.11"
         options = [("server_id", "10.85.0.1"), *([("requested_addr", address)] if kind == "decline" else [])]
         frame = bootp(two, kind, *options, chaddr=victim.mac, ciaddr=address, **fields)
-        frame.src, frame.dst = sender, frame.dst if addresses == everyone else router
-        frame[scapy.IP].src, frame[scapy.IP].dst = addresses
+        frame.src = sender
+        if kind == "release":
+            frame.dst, frame[scapy.IP].src, frame[scapy.IP].dst = router, "10.85.0.11", "10.85.0.1"
         return bytes(frame)
 
-    senders, ways = (two.mac, one.mac), (("decline", everyone), ("release", requests))
-    attempts = [(*way, sender) for way in ways for sender in senders]
-    frames = [message(*attempt, one, "10.85.0.10") for attempt in attempts]
-    own = ("release", requests, two.mac, two, "10.85.0.11")
-    frames += [message(*own, **fields) for fields in ({"giaddr": "10.85.0.10"}, {"htype": 6}, {"hlen": 5})]
+    frames = [message(kind, one, sender) for kind in ("decline", "release") for sender in (two.mac, one.mac)]
+    frames += [message("release", two, **fields) for fields in ({"giaddr": "10.85.0.10"}, {"htype": 6}, {"hlen": 5})]
     before = routed.drops()
     two.send(*frames)
     wait_for(lambda: routed.drops() >= before + len(frames), "the drop of all of them")
     assert two.mac in routed.leases()
     # Its own release comes after them: they are through when that has been heard
-    two.send(message(*own))
+    two.send(message("release", two))
     # dnsmasq writes the file anew, so that for a moment it is empty
     wait_for(lambda: (leases := routed.leases()) and two.mac not in leases, "its own release")
     assert one.mac in routed.leases()

@@ -12,19 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import need
-from lab import EXAMPLES, PROCESS, block, environment, run, run_script, wait_for
+from lab import EXAMPLES, PROCESS, block, environment, mounted, run, run_script, wait_for
 
 pytestmark = pytest.mark.slow
 
 ZONE = EXAMPLES / "zone" / "instances-zone.py"
-ZONE_COMMANDS = block("examples/zone/README.md", "install -m 755")
-TINYDNS_COMMANDS = block("examples/zone/README.md", ".py tinydns ")
-AVAHI_COMMANDS = block("examples/zone/README.md", ".py avahi ")
-REVERSE_COMMANDS = block("examples/zone/README.md", "10.83.0.0/24")
-PAGE = (EXAMPLES / "zone" / "README.md").read_text()
 SERVER = ("instance.example", "ns.instance.example=192.0.2.53")
 HOSTS = "instances.hosts"
-ASK = ("dig", "+short", "+norecurse", "+timeout=1", "+tries=1")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 REGISTRY = {
     "10:66:6a:4c:a1:11": {
@@ -108,12 +102,14 @@ def run_commands(commands: str, folder: Path) -> None:
 
 def ask(client, server: str, *question: str) -> list[str]:
     """Return what a server answers to a client."""
-    return sorted(client.run(*ASK, f"@{server}", *question, check=False).stdout.split())
+    command = ("dig", "+short", "+norecurse", "+timeout=1", "+tries=1", f"@{server}", *question)
+    return sorted(client.run(*command, check=False).stdout.split())
 
 
 def listening(server: str, address: str) -> str:
     """Return how the page has a server listen on an address only."""
-    [text] = re.findall(rf"^\| {server} \|.*?`((?:listen|ip-address)[^`]*)`", PAGE, re.MULTILINE)
+    page = (ZONE.parent / "README.md").read_text()
+    [text] = re.findall(rf"^\| {server} \|.*?`((?:listen|ip-address)[^`]*)`", page, re.MULTILINE)
     return text.replace("192.0.2.53", address)
 
 
@@ -162,7 +158,7 @@ def transfer(host, address: str) -> set[str]:
 def test_readme_zone_is_loaded_by_bind_knot_and_nsd_which_leave_the_bridge_to_dnsmasq(host):
     need("named", "named-checkzone", "nsd", "nsd-checkzone", "knotd")
     make_hosts(host.folder, REGISTRY | BAD_VALUES)
-    run_commands(ZONE_COMMANDS, host.folder)
+    run_commands(block("examples/zone/README.md", "install -m 755"), host.folder)
     file = host.folder / "var/lib/bind/instance.example.zone"
     text = file.read_text()
     checked(file)
@@ -221,7 +217,7 @@ def test_reverse_zones_of_all_sizes_have_each_address_once_and_are_loaded(host):
         pointers = {f"{labels}.{name}.": f"{target}.instance.example." for labels, target in expected.items()}
         assert dict(re.findall(r"^(\S+) PTR (\S+)$", text, re.MULTILINE)) == pointers
     # The page's zone, and the parent of a part as RFC 2317 has it: asked for an address, a server finds the pointer.
-    run_commands(REVERSE_COMMANDS, host.folder)
+    run_commands(block("examples/zone/README.md", "10.83.0.0/24"), host.folder)
     parent = host.folder / "parent"
     part = "0-15.0.20.198.in-addr.arpa"
     parent.write_text(f"$TTL 60\n@ SOA ns.x. a.x. 1 1 1 1 1\n@ NS ns.x.\n$GENERATE 0-15 $ CNAME $.{part}.\n")
@@ -294,7 +290,7 @@ def test_tinydns_answers_by_where_the_client_is_and_no_instance_is_the_name_serv
     inside.ip("address add 10.83.0.21/24 dev eth0")
     outside.ip("address add 192.0.2.22/24 dev eth0")
     make_hosts(host.folder, REGISTRY | BAD_VALUES)
-    run_commands(TINYDNS_COMMANDS, host.folder)
+    run_commands(block("examples/zone/README.md", ".py tinydns "), host.folder)
     root = host.folder / "etc/tinydns/root"
     run("tinydns-data", cwd=root)
     env = environment(host.base) | {"ROOT": str(root), "UID": "0", "GID": "0"}
@@ -328,10 +324,10 @@ def test_avahi_answers_on_the_bridge_and_follows_a_change(host):
     (etc / "hosts").write_text("# avahi's own\n192.0.2.7 printer.local\n")
     (etc / "avahi-daemon.conf").write_text("[server]\nenable-dbus=no\nallow-interfaces=br0\n")
     make_hosts(host.folder, REGISTRY | BAD_VALUES)
-    run_commands(AVAHI_COMMANDS, host.folder)
-    places = 'mount --bind "$1" /etc/avahi; mount -t tmpfs tmpfs /run; '
-    avahi = places + "exec avahi-daemon --no-drop-root --no-chroot --no-rlimits"
-    daemon = host.start("unshare", "-m", "sh", "-c", avahi, "sh", etc, **QUIET)
+    run_commands(block("examples/zone/README.md", ".py avahi "), host.folder)
+    (host.folder / "run").mkdir()
+    places = mounted({"/etc/avahi": etc, "/run": host.folder / "run"})
+    daemon = host.start(*places, "avahi-daemon", "--no-drop-root", "--no-chroot", "--no-rlimits", **QUIET)
 
     def is_answered(name, kind, *addresses):
         asked = ("-p", "5353", f"{name}.local", kind)
@@ -359,12 +355,8 @@ GLOBAL = """1.0.0.1 9.255.255.254 11.0.0.1 100.63.255.254 100.128.0.1 126.0.0.1 
 
 def test_only_global_addresses_are_published_as_wan_and_private_ones_as_lan(tmp_path):
     special, private, usual = SPECIAL.split(), PRIVATE.split(), GLOBAL.split()
-    registry = {}
-    for number, address in enumerate([*special, *private, *usual]):
-        field = "ipv4" if ":" not in address else "ipv6_ula" if address.startswith("f") else "ipv6_gua"
-        registry[f"10:66:6a:4c:a1:{number:02x}"] = {"name": f"n{number}", field: address}
-    hosts = make_hosts(tmp_path, registry)
-    assert all(f"{address} n" in hosts for address in (*special, *private, *usual))  # the processor has left none out
+    lines = [f"{address} n{number}.a.internal\n" for number, address in enumerate([*special, *private, *usual])]
+    (tmp_path / HOSTS).write_text("".join(lines))
     rows = [line.split() for line in made("zone", tmp_path, *SERVER).splitlines()]
     found = {side: [row[2] for row in rows if f".{side}" in row[0]] for side in ("wan", "lan")}
     assert found == {"wan": usual, "lan": private}
@@ -395,24 +387,18 @@ def test_serial_goes_on_from_the_one_in_the_file(tmp_path, last, following):
     assert 0 < (serial(tmp_path) - last) % 2**32 < 2**31  # RFC 1982, section 3.2
 
 
-def test_an_instance_never_adds_to_a_name_server_below_its_own_names(tmp_path):
-    make_hosts(tmp_path)
-    result = zone("zone", tmp_path, "Instance.Example", "NS.wan.instance.example=192.0.2.53", "ns.example.net")
-    assert "ns.wan.instance.example is the name server" in result.stderr
-    text = (tmp_path / "made").read_text()
-    assert re.findall(r"^ns\.wan\S* \S* (.*)", text, re.MULTILINE | re.IGNORECASE) == ["192.0.2.53"]
-    assert "NS ns.example.net.\n" in text and "\nns.example.net" not in text
-
-
-def test_two_servers_with_addresses_of_both_kinds_are_loaded(tmp_path):
+def test_name_servers_have_all_their_addresses_and_no_instance_adds_to_them(tmp_path):
     need("named-checkzone", "nsd-checkzone", "tinydns-data")
     make_hosts(tmp_path)
-    first, second = "ns1.instance.example", "instance.example"
-    words = (f"{first}=192.0.2.53", f"{first}=2001:67c:83::53", f"{second}=192.0.2.54")
-    text = made("zone", tmp_path, "instance.example", *words)
+    addresses = ["NS.wan.instance.example=192.0.2.53", "NS.wan.instance.example=2001:67c:83::53"]
+    words = ("Instance.Example", *addresses, "instance.example=192.0.2.54", "ns.example.net")
+    assert "ns.wan.instance.example is the name server" in zone("zone", tmp_path, *words).stderr
     checked(tmp_path / "made")
-    assert f"{first}. AAAA 2001:67c:83::53\n" in text and f"{second}. A 192.0.2.54\n" in text
-    assert zone("tinydns", tmp_path, "instance.example", *words, file="data").returncode == 0
+    text = (tmp_path / "made").read_text()
+    assert re.findall(r"^ns\.wan\S* \S* (.*)", text, re.MULTILINE) == ["192.0.2.53", "2001:67c:83::53"]
+    assert "\ninstance.example. A 192.0.2.54\n" in text
+    assert "NS ns.example.net.\n" in text and "\nns.example.net" not in text
+    assert zone("tinydns", tmp_path, *words, file="data").returncode == 0
     run("tinydns-data", cwd=tmp_path)
 
 
