@@ -441,7 +441,6 @@ HEARD = {  # what was asked, what the answers to it are, and the leases that mak
     "empty names": (bootp(GUEST, "request", ("hostname", b""), (81, b"")), [ack()], [LEASE]),
     "both names": (bootp(GUEST, "request", NAMED, (81, b"\1\0\0db")), [ack()], [WEB]),
     "name by the server": (bootp(GUEST, "request", ("hostname", b"db")), [ack(options=[LONG])], [WEB]),
-    "leased": (request6(), [reply()], [WEB6]),
     "two addresses": (request6(), [reply(addresses=(f"{ULA}77", f"{PREFIX}77"))], [WEB6, ("web", f"{PREFIX}77")]),
     "rapid commit": (request6(scapy.DHCP6_Solicit), [reply()], [WEB6]),
     "renewed": (request6(scapy.DHCP6_Renew), [reply()], [WEB6]),

@@ -67,8 +67,7 @@ def test_each_host_answers_its_own_guests_for_names(followers):
     address = followers.hosts[0].registry()[followers.guests[0].mac]["ipv4"]
 
     def asks(guest, server, *options):
-        asked = ("dig", "+short", *options, f"@{server}", "guest-a.instance.internal", "A")
-        return guest.run(*asked, check=False)
+        return guest.run("dig", "+short", *options, f"@{server}", "guest-a.instance.internal", "A", check=False)
 
     for case in itertools.product(followers.guests, ("10.83.0.2", "fd83:5eed::2"), ("+notcp", "+tcp")):
         wait_for(lambda case=case: asks(*case).stdout.split() == [address], f"a name for {case[0].label}, {case[1:]}")

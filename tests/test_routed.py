@@ -184,8 +184,7 @@ def test_routed_example_binds_guests_to_their_devices(routed):
     assert found == [("guest0", "10.85.0.10"), ("guest1", "10.85.0.11")]
     one, two = guests[:2]
     assert two.addresses("2001") == ["2001:67c:85:0:1266:6aff:fe4c:a111"]
-    for address in ("10.85.0.1", "2001:67c:85::1", *two.addresses("10"), *two.addresses("2001")):
-        wait_for(lambda a=address: one.pings(a), f"a ping of {address}")
+    one.wait_pings("10.85.0.1", "2001:67c:85::1", *two.addresses("10"), *two.addresses("2001"))
     reply = one.run("dig", "+short", "@10.85.0.1", "guest1.lease.instance.internal", "A", check=False).stdout
     assert reply.split() == ["10.85.0.11"]
 
@@ -211,10 +210,9 @@ def test_routed_example_binds_guests_to_their_devices(routed):
 
 def test_dnsmasq_lives_on_and_the_address_of_a_removed_guest_is_free_at_once(routed):
     one, two = routed.guest(0), routed.guest(1)
-    file = routed.file(0)
     routed.add(0)
     one.dhcp4()
-    routed.remove(file)
+    routed.remove("tap0")
     wait_for(lambda: one.mac not in routed.leases(), "the end of the lease")
     for mtu in ("1300", ""):  # what a former binding of the device had is forgotten
         routed.add(1, MTU=mtu)
@@ -277,7 +275,7 @@ def test_restore_brings_all_back_after_a_boot(routed):
     guest.dhcp4()
     assert guest.pings("10.85.0.1")
     routed.slaac(guest)
-    wait_for(lambda: guest.pings("2001:67c:85::1"), "a ping over IPv6")
+    guest.wait_pings("2001:67c:85::1")
     state = routed.kernel()
     routed.binding("restore")
     assert routed.kernel() == state
@@ -439,7 +437,7 @@ def test_binding_without_subnet6_gets_no_address_and_no_default_route(routed, ch
 def test_binding_without_ip_has_ipv6_only(routed):
     guest = routed.bound(4, IP="", MTU="")
     routed.slaac(guest)
-    wait_for(lambda: guest.pings("2001:67c:85::1"), "a ping of the gateway")
+    guest.wait_pings("2001:67c:85::1")
     ip = scapy.IPv6(src=guest.addresses("fe80")[0], dst="ff02::1:2") / scapy.UDP(sport=546, dport=547)
     request = scapy.DHCP6_InfoRequest(trid=7) / scapy.DHCP6OptClientId(duid=scapy.DUID_LL(lladdr=guest.mac))
     routed.send(guest, ip / request)
