@@ -63,7 +63,8 @@ class Lan:
         for node, port in ((self.host, "up0"), (self.switch, "lan0")):
             node.run("ip", "link", "set", port, "master", "br0", "up")
         own = {"router": (ROUTER4, f"{PREFIX}fe", f"{ULA}fe", f"{NEW}fe"), "pc": (PC4, f"{ULA}50")}
-        for number, (name, addresses) in enumerate((own | {"silent": (SILENT4, SILENT6)}).items(), 1):
+        own |= {"silent": (SILENT4, SILENT6)}
+        for number, (name, addresses) in enumerate(own.items(), 1):
             machine = self.switch.client(name, f"10:66:6a:4c:a1:0{number}")
             machine.set("net/ipv6/conf/eth0/accept_ra", "0")
             machine.set("net/ipv4/neigh/eth0/locktime", "0")  # what it knows of others it may learn anew at once
@@ -210,8 +211,8 @@ def test_guest_takes_nobody_s_address(lan):
             wait_for(lambda drops=drops, before=before: drops() == before + 3, f"drops: {target}: {frame.summary()}")
             assert pc.neighbour(address) == owner != attacker.mac, target
             host.take_out("instances_verdict")
-            attacker.send(bytes(frame))
-            wait_for(lambda a=attacker.mac, b=address: pc.neighbour(b) == a, f"an effect: {frame.summary()}")
+            taken = f"an effect: {frame.summary()}"
+            wait_for(lambda a=attacker, f=bytes(frame), ip=address: a.send(f) or pc.neighbour(ip) == a.mac, taken)
             host.run("nft", "add rule bridge instances instances_verdict drop")
             for machine in (pc, host):
                 machine.run("ip", "neighbour", "flush", "all")
