@@ -437,7 +437,7 @@ def test_a_file_of_somebody_else_is_not_replaced(tmp_path):
             assert result.returncode == 1
             assert f"{tmp_path}/made: not as this program makes it for {kind}: move it away" in result.stderr
         assert (tmp_path / "made").read_text() == text
-    texts = ("10.83.0.11 web.internal\nnonsense\n", "::1 -x.internal\n", "10.83.0.11 wüb.internal\n")
+    texts = ("::1 web.internal\nnonsense\n", "::1 -x.internal\n", "::1 1.internal\n", "::1 wüb.internal\n")
     told = dict.fromkeys(texts, "not a file of instances-process.py")
     for text, why in (told | {"10.83.0 web.internal\n": "'10.83.0'", None: "No such file"}).items():
         (tmp_path / HOSTS).write_text(text) if text else (tmp_path / HOSTS).unlink()
