@@ -1,10 +1,8 @@
 """The example plain: a port's MAC address, held by rules and by the bridge; incus.sh has the guests themselves."""
 
-import re
-
 import pytest
 from conftest import need
-from lab import EXAMPLES, block, has_ibrname, wait_for
+from lab import EXAMPLES, block, wait_for
 
 pytestmark = pytest.mark.slow
 PORTS = {name: f"10:66:6a:00:00:{number}" for number, name in enumerate(("lxc-web", "vb-db", "vm-mail", "other"), 21)}
@@ -38,19 +36,17 @@ def guests(host):
 
 def test_plain_rules_hold_each_port_to_its_mac_address(guests, host):
     web, db, mail, other = guests
-    rules = (EXAMPLES / "plain" / "ports.nft").read_text()
-    if not has_ibrname():
-        rules = re.sub("^ *meta ibrname .*\n", "", rules, flags=re.MULTILINE)
+    rules = host.example("plain/ports.nft")
     for _ in range(2):  # as instances-apply loads it again
-        host.run("nft", "-f", "-", input=rules)
+        host.run("nft", "-f", rules)
     assert reaches(web, db, mail) and reaches(mail, web) and not reaches(other, web)
     for mac in (db.mac, host.mac):
         become(web, mac)
         assert not reaches(web, mail)
-        assert host.run("bridge", "fdb", "show", "br", "br0").stdout.count(f"{mac} dev lxc-web") == 0
+        assert f"{mac} dev lxc-web" not in host.run("bridge", "fdb", "show", "br", "br0").stdout
     become(web, web.mac)
     wait_for(lambda: reaches(web, db, mail), "its own MAC address")
-    host.run("nft", "-f", "-", input=rules.replace('open = "none"', 'open = "other"'))
+    host.run("nft", "-f", "-", input=rules.read_text().replace('open = "none"', 'open = "other"'))
     wait_for(lambda: reaches(other, web), "an uplink")
 
 
@@ -79,8 +75,7 @@ def test_bridge_by_ifupdown_keeps_its_mac_address_whoever_joins(host, fixed):
     copy.write_text(stanza if fixed else stanza.replace("address 10:66:6a:4c:a1:fe ", ""))
     command = ["-i", copy, "--state-dir", host.folder, "br0"]
     host.run("ifup", *command)
-    host.run("ip", "link", "add", "port", "address", "02:00:00:00:00:01", "type", "veth", "peer", "name", "peer")
-    host.run("ip", "link", "set", "port", "master", "br0", "up")
+    host.ip("link add port address 02:00:00:00:00:01 type veth peer name peer", "link set port master br0 up")
     assert ("10:66:6a:4c:a1:fe" in host.run("ip", "link", "show", "br0").stdout) == fixed
     assert host.run("ip", "address", "show", "br0").stdout.count("scope global") == 3
     host.run("ifdown", *command)

@@ -1,14 +1,13 @@
 """instances-release of the example dnsmasq, with a real dnsmasq."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
+from runpy import run_path
 
 import pytest
-from conftest import load, need
+from conftest import need
 from lab import EXAMPLES, TOP, environment, wait_for
 
 RELEASE = EXAMPLES / "dnsmasq" / "instances-release"
@@ -92,9 +91,7 @@ def test_lease_is_ended_in_whatever_file_dnsmasq_has_it(bridged):
 
 def test_lease_is_ended_on_the_bridge_that_it_is_of_and_is_not_said_to_be_where_no_dnsmasq_serves_it(bridged):
     """As while it is stopped, though there are others. What was never on that bridge has no lease there."""
-    bridged.run("ip", "link", "add", "br1", "type", "bridge")
-    bridged.run("ip", "address", "add", "10.84.0.1/24", "dev", "br1")
-    bridged.run("ip", "link", "set", "br1", "up")
+    bridged.ip("link add br1 type bridge", "address add 10.84.0.1/24 dev br1", "link set br1 up")
     bridged.update("--initialize", "br1", "other")
     bridged.update("add", OLD, "10.83.0.112")
     bridged.update("add", WEB, "10.84.0.111")
@@ -121,10 +118,9 @@ def test_lease_that_dnsmasq_does_not_end_is_named(bridged):
     assert release(bridged, WEB)[0] == [WEB]
 
 
-def test_leases_of_what_is_gone_are_found_and_no_others_wherever_the_file_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{TOP}:{os.environ['PATH']}")
-    shutil.copy(RELEASE, tmp_path / "release.py")
-    leases_of = load(tmp_path / "release.py").leases_of
+def test_leases_of_what_is_gone_are_found_and_no_others_wherever_the_file_is_cut(monkeypatch):
+    monkeypatch.setenv("PATH", str(TOP))
+    leases_of = run_path(str(RELEASE))["leases_of"]
     registry = {OLD: {"name": "web", "ipv6_ula": "fd83:5eed::12"}, WEB: {"ipv6_ula": "fd83:5eed::11"}}
     found, server = leases_of({OLD}, registry, LEASES)
     assert [lease[2] for lease in found] == ["10.83.0.12", "2001:67c:83::12", "fd83:5eed::12", "fd83:5eed::99"]
