@@ -57,7 +57,6 @@ class Managed:
         self.env["PATH"] = f"{self.folder}:{EXAMPLES}/dnsmasq:{self.env['PATH']}"
 
     def entries(self):
-        """Return what is in the registry."""
         return json.loads(self.registry.read_text())
 
     def names(self):
@@ -146,8 +145,7 @@ def test_lease_file_that_is_written_anew_is_not_one_without_leases(bridged):
 def test_leases_are_ended_by_a_real_dnsmasq(host):
     """With a guest that has leases of both versions, and another one that keeps its own."""
     host.start_guarded()
-    web, db = host.client("web", OLD), host.client("db", OTHER)
-    for client in (web, db):
+    for client in (host.client("web", OLD), host.client("db", OTHER)):
         client.dhcp4("ubuntu")
         client.dhcp6("ubuntu")
     leases = host.folder / "dnsmasq.br0.leases"
