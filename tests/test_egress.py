@@ -365,7 +365,7 @@ def test_firewall_and_egress_example_keep_room_in_the_table_of_connections(bridg
     if table == "instances":
         assert tracked(other, "::ffff:10.83.0.1", 50, 67, 68) < 10, "DHCP"
         bridge.run("nft", "flush chain inet instances dhcp_in")
-        assert tracked(other, "::ffff:10.83.0.1", 50, 67, 68) >= 50
+        assert tracked(other, "::ffff:10.83.0.1", 50, 67, 68) > 40
     bridge.run("nft", f"flush chain inet {table} connections")
     assert tracked(web, "::ffff:192.0.3.81", 1, 1000, 3000) > 1500
 
