@@ -132,7 +132,7 @@ INVALID = ["." + "a" * 64, ".ä.example", ".example.ä", ".a_b", ".a b", ".", ""
 
 
 def test_domains_are_taken_each_once_or_left_out_with_a_warning(base):
-    name, domains = "w" * 63, ",".join(["internal", *VALID, *INVALID])
+    name, domains = "w" * 63, ",".join(["internal", *VALID, *INVALID, *INVALID])
     made = make(base, {MAC: {"name": name, "ipv4": "10.0.0.1"}}, INSTANCES_HOSTS_DOMAIN=domains)
     assert made.told.count("multicast DNS") == 2
     for domain in INVALID:
