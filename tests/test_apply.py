@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -448,7 +449,7 @@ def test_what_sets_learned_outlives_all_but_an_edit(applied):
             applied.host.update("--allow", WEB[0], "10.99.0.0/24")
         if by == "settings":
             applied.write_settings("host,web,db", INSTANCES_GUARD="observe")
-        if by == "a load by hand":
+        if by in ("a load by hand", "an edit"):
             applied.host.run("nft", "-f", bridge)
         if by == "an edit":
             bridge.write_text(bridge.read_text() + "table bridge more\ndelete table bridge more\n")
@@ -561,14 +562,13 @@ def test_names_that_were_deleted_or_changed_come_back_readable_to_dnsmasq_whatev
 
 
 def test_update_while_the_names_are_given_comes_into_force_in_the_next_run(applied):
-    applied.apply()
     applied.host.update("add", *WEB)
-    applied.host.process()
-    delayed = ["strace", "-qq", "-o", applied.host.folder / "strace", "-e", "inject=rename:delay_enter=3000000:when=1"]
-    running = applied.host.start(*delayed, *applied.host.applying())
-    wait_for(lambda: list(applied.hosts.glob(".*")), "the names, which are not in place yet")
+    stopping = ["strace", "-qq", "-o", applied.host.folder / "strace", "-e", "inject=rename:signal=STOP:when=1"]
+    running = applied.host.start(*stopping, *applied.host.applying(), start_new_session=True)
+    wait_for(lambda: applied.names() and [*applied.hosts.glob(".*")], "the names, some of them not in place yet")
     applied.host.update("add", WEB[0], "10.83.0.12")
     applied.host.process()
+    os.killpg(running.pid, signal.SIGCONT)
     assert running.wait(60) == 0
     applied.apply()
     applied.web_has("10.83.0.12")
@@ -737,15 +737,15 @@ def test_run_with_a_fault_at_any_system_call_is_mended_by_the_next(applied):
 def test_damaged_notes_are_as_none(applied):
     applied.host.update("add", *WEB)
     applied.apply()
-    files = [path for path in applied.notes.rglob("*") if path.name in ("notes", "copy")]
-    assert len(files) == 2
-    for number, path in enumerate(4 * files):
+    notes, copy = (next(applied.notes.rglob(name)) for name in ("notes", "copy"))
+    first = copy.read_bytes()
+    for number, path in enumerate((notes, notes, notes, copy, copy, copy)):
         whole = path.read_bytes()
         flipped = bytes([*whole[:-9], whole[-9] ^ 1, *whole[-8:]])
-        path.write_bytes((whole[: len(whole) // 2], flipped, b"1\n[]", b"")[number // 2])
-        if number // 2 == 3:
-            path.unlink()
-        applied.host.update("add", WEB[0], f"10.83.0.1{number}")
+        damaged = (whole[: len(whole) // 2], flipped, b"1", flipped, first, None)[number]
+        path.write_bytes(damaged) if damaged else path.unlink()
+        address = "10.83.0.11" if damaged == first else f"10.83.0.1{number + 2}"
+        applied.host.update("add", WEB[0], address)
         applied.apply()
-        applied.web_has(f"10.83.0.1{number}")
+        applied.web_has(address)
     assert applied.apply() == ""

@@ -52,7 +52,7 @@ def stages(tmp_path_factory):
             shutil.copytree(root / "changed", root / start)
             (root / start / "instances.updated").unlink(missing_ok=True)
         shutil.copytree(root / start, root / end)
-        assert traced(root / end, RUNS[start]).returncode == 0
+        traced(root / end, RUNS[start])
     return root
 
 
