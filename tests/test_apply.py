@@ -237,19 +237,27 @@ REFUSED = {  # rule files, and what is told of each
     "table inet a\ndelete table inet a\n  flush  ruleset": "it may change tables of its own only: flush ruleset",
     "delete table inet mine": ABSENT,
     'include "b.nft"': "it includes b.nft: write its whole path",
+    replacing("bridge instances", "wrong"): "Error: syntax error",
 }
 
 
-def test_rule_files_that_would_add_to_what_is_there_are_refused(applied):
+def test_rule_files_that_would_add_to_what_is_there_or_have_a_table_of_another_are_refused(applied):
     applied.host.run("nft", "add table inet mine; add chain inet mine kept")
     mine = applied.listing("inet mine")
+    shutil.copy(applied.rules / "bridge.nft", applied.rules / "old.nft")
     for number, text in enumerate(REFUSED):
         applied.write_rules(f"{number}.nft", text + "\n")
-    for _ in range(2):
-        said = applied.fails()
+    for address in ("10.83.0.11", "10.83.0.12"):
+        applied.host.update("add", WEB[0], address)
+        said = applied.fails(r"old.nft: not loaded: .*/bridge.nft has table \w+ instances\w*, too: leave it in one of")
         for number, told in enumerate(REFUSED.values()):
             assert re.search(f"/{number}.nft: not loaded: .*{told}", said)
         assert applied.tables() == TABLES | {"inet mine"} and applied.listing("inet mine") == mine
+        assert address in applied.listing("bridge instances")
+    for path in applied.rules.glob("[0-9o]*"):
+        path.unlink()
+    applied.apply()
+    assert applied.tables() == TABLES | {"inet mine"}
 
 
 REPLACING = [
@@ -296,20 +304,6 @@ def test_tables_that_others_make_while_it_loads_or_later_stay(applied):
         assert "inet filter" in applied.tables() and "inet own" not in applied.tables()
     applied.host.run("nft", "add table inet other")
     assert applied.apply() == "" and applied.tables() == TABLES | {"inet filter", "inet other"}
-
-
-def test_second_rule_file_of_a_table_is_refused(applied):
-    shutil.copy(applied.rules / "bridge.nft", applied.rules / "old-bridge.nft")
-    for _ in range(2):
-        applied.fails(r"old-bridge.nft: not loaded: .*/bridge.nft has table \w+ instances\w*, too: leave it in one of")
-    applied.write_rules("a.nft", replacing("bridge instances", "wrong"))
-    applied.host.update("add", *WEB)
-    applied.fails()
-    assert "10.83.0.11" in applied.listing("bridge instances")
-    for name in ("a.nft", "old-bridge.nft"):
-        (applied.rules / name).unlink()
-    applied.apply()
-    assert applied.tables() == TABLES
 
 
 CHANGES = [
@@ -380,18 +374,6 @@ def test_who_was_dropped_and_why_is_told_once_by_each_run_that_finds_news(applie
     first, *lines, last = told(*((f"10:66:6a:00:00:{number:02x}", "malformed", number) for number in range(1, 14)))
     assert first == "10:66:6a:00:00:0d: 13 would be dropped (13 malformed)" and len(lines) == 9
     assert last == "3 others: would be dropped"
-
-
-def test_what_is_told_by_hand_is_in_the_system_log(applied):
-    device = applied.host.folder / "dev"
-    device.mkdir()
-    os.mknod(device / "null", stat.S_IFCHR, os.makedev(1, 3))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
-        log.settimeout(10)
-        log.bind(str(device / "log"))
-        applied.host.run(*mounted({"/dev": device}), *applied.host.applying())
-        while b"instances-apply: bridge.nft: loaded" not in log.recv(9999):
-            pass
 
 
 def test_update_of_the_registry_takes_addresses_away_and_then_is_one_transaction_for_all_tables(applied):
@@ -586,12 +568,21 @@ def test_systemd_units_are_valid_and_hardened(tmp_path, folder, program):
     assert float(re.search(r"Overall exposure level.*: ([0-9.]+)", exposure)[1]) < 3, exposure
 
 
-def test_cron_example_runs_it_each_minute_with_the_settings_of_the_package(applied):
+def test_cron_example_runs_it_each_minute_with_the_settings_of_the_package_and_the_system_log_has_what_it_says(applied):
     lines = (EXAMPLES / "cron" / "instances").read_text().splitlines()
     (path,) = [line for line in lines if line.startswith("PATH=")]
     command = re.fullmatch(r"\* \* \* \* \* root (.*)", lines[-1])[1]
-    script = f"{path}\n" + command.replace("instances-apply", shlex.join(applied.host.applying()))
-    result = applied.host.run("env", "-i", "sh", "-c", script)
+    device = applied.host.folder / "dev"
+    device.mkdir()
+    os.mknod(device / "null", stat.S_IFCHR, os.makedev(1, 3))
+    applying = shlex.join([*mounted({"/dev": device}), *applied.host.applying()])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.settimeout(10)
+        log.bind(str(device / "log"))
+        script = f"{path}\n{command.replace('instances-apply', applying)}"
+        result = applied.host.run("env", "-i", "sh", "-c", script)
+        while b"instances-apply: bridge.nft: loaded" not in log.recv(9999):
+            pass
     assert applied.tables() == TABLES and result.stdout + result.stderr == ""
 
 
@@ -618,15 +609,10 @@ class Etc(Applied):
         return self.host.run(*mounts, *self.host.applying()[:-1], *arguments, **options)
 
 
-@pytest.fixture
-def etc(host):
-    return Etc(host)
-
-
-def test_two_registries_keep_their_guards_and_one_with_tables_of_the_other_a_marker_or_a_backup_is_none(etc):
-    other, lib = "10:66:6a:4c:a1:21", etc.host.folder / "lib"
-    etc.host.update("add", *WEB)
-    etc.host.update("add", other, "10.84.0.11", "web", INSTANCES_BASE_ID="br1")
+def test_two_registries_keep_their_guards_and_one_with_tables_of_the_other_a_marker_or_a_backup_is_none(host):
+    etc, other, lib = Etc(host), "10:66:6a:4c:a1:21", host.folder / "lib"
+    host.update("add", *WEB)
+    host.update("add", other, "10.84.0.11", "web", INSTANCES_BASE_ID="br1")
     for name in ("instances-br1.bak", "instances-br1~", "instances-br1.dpkg-old"):
         (etc.etc / "default" / name).write_text("a backup, which is no registry\n")
     good = etc.second.read_text()
@@ -641,7 +627,7 @@ def test_two_registries_keep_their_guards_and_one_with_tables_of_the_other_a_mar
         assert re.findall(r"10\.8.\.0\.11 ", etc.listing("bridge instances-br1")) == ["10.84.0.11 "]
         assert etc.apply() == ""
         etc.apply("/etc/default/instances-br1")
-    etc.host.update("add", other, "10.84.0.12", INSTANCES_BASE_ID="br1")
+    host.update("add", other, "10.84.0.12", INSTANCES_BASE_ID="br1")
     assert re.search("^instances-apply: br1: .*2? instances", etc.apply(), re.MULTILINE)
     assert "10.84.0.12" in etc.listing("bridge instances-br1") and "10.83.0.11" in etc.listing("bridge instances")
     lib.mkdir()
@@ -649,11 +635,12 @@ def test_two_registries_keep_their_guards_and_one_with_tables_of_the_other_a_mar
     etc.fails("/var/lib/misc/instances-br1.updated is of another registry", lib=lib)
     etc.apply("--remove", "/etc/default/instances-br1")
     assert etc.tables() == TABLES
-    assert not list(Path(f"{etc.host.base}-br1.hosts.d").iterdir()) and etc.names()
+    assert not list(Path(f"{host.base}-br1.hosts.d").iterdir()) and etc.names()
 
 
-def test_remove_takes_away_what_was_put_in_force_and_leaves_rule_files(etc):
-    etc.host.run("nft", "add table inet mine")
+def test_remove_takes_away_what_was_put_in_force_and_leaves_rule_files(host):
+    etc = Etc(host)
+    host.run("nft", "add table inet mine")
     etc.apply()
     settings = etc.etc / "default" / "instances"
     settings.write_text(settings.read_text().removesuffix("\n"))
