@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,11 +130,10 @@ def test_all_is_done_under_the_lock_and_a_file_is_on_disk_before_its_rename_and_
         order += [rf'openat\(.*"{file}", .*O_EXCL', rf"write\(\d+<{file}>", rf"fsync\(\d+<{file}>"]
         order += [rf'rename\("{file}"', sync_folder]
     order += [rf'unlink\("{folder}/instances\.updated"\)'] if start == "changed" else []
-    position = 0
     for call in [*order, r"flock\(.*LOCK_UN"]:
-        found = re.compile(call).search(log, position)
+        found = re.search(call, log)
         assert found, call
-        position = found.end()
+        log = log[found.end() :]
 
 
 @EACH
@@ -188,8 +186,7 @@ def test_full_disk_leaves_the_old_files(tmp_path):
 
 def test_sixteen_writers_and_a_reader_at_once(tmp_path):
     """Each writer has 10 leases of its own; renames and removals come in between."""
-    base, ended = tmp_path / "instances", threading.Event()
-    writers, leases = 16, 10
+    base, writers, leases = tmp_path / "instances", 16, 10
 
     def does(*command):
         result = run_script(*command, base=base)
@@ -209,17 +206,11 @@ def test_sixteen_writers_and_a_reader_at_once(tmp_path):
                 del own[removed]
         return own
 
-    def read():
-        while not ended.is_set():
+    with ThreadPoolExecutor(writers) as pool:
+        jobs = [pool.submit(write, writer) for writer in range(writers)]
+        while not all(job.done() for job in jobs):
             does(PROCESS)
-
-    with ThreadPoolExecutor(writers + 1) as pool:
-        reader = pool.submit(read)
-        try:
-            expected = {mac: entry for own in pool.map(write, range(writers)) for mac, entry in own.items()}
-        finally:
-            ended.set()
-        reader.result()
+    expected = {mac: entry for job in jobs for mac, entry in job.result().items()}
     registry = json.loads(base.with_suffix(".json").read_text())
     assert {mac: (i["ipv4"], i["name"]) for mac, i in registry.items()} == expected
     assert len(expected) > writers * leases * 0.8
