@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 import tempfile
+from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import pytest
 from conftest import check_nft
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from lab import PROCESS, UPDATE, environment
+from lab import PROCESS, UPDATE, environment, run_script
 from test_process import sets_of
 
 FIELDS = ("ipv4", "ipv6_gua", "ipv6_ula", "ipv6_lla")
@@ -61,10 +63,6 @@ def apply(update, registry, event):
     return update.change_instance(registry, update.rename if kind == "rename" else update.remove, mac, *rest)
 
 
-def copy(registry):
-    return json.loads(json.dumps(registry))
-
-
 def check_invariants(update, registry):
     for mac, instance in registry.items():
         assert update.is_mac(mac) and (instance["name"] == "" or update.is_name(instance["name"]))
@@ -95,13 +93,13 @@ def check_lease(before, registry, lease):
 def test_invariants_hold_after_any_events_and_a_lease_changes_another_only_by_taking_its_address(update, events):
     registry = {}
     for event in events:
-        before = copy(registry)
+        before = deepcopy(registry)
         message, warnings = apply(update, registry, event)
         check_invariants(update, registry)
         if event[0] == "lease":
             check_lease(before, registry, event)
         assert bool(message) == (registry != before) and "\n" not in message
-        again = copy(registry)
+        again = deepcopy(registry)
         assert apply(update, registry, event)[0] == "" and registry == again
 
 
@@ -110,14 +108,6 @@ KNOWN = st.dictionaries(st.sampled_from(["name", *FIELDS]), VALUES, max_size=5)
 ENTRY = st.builds(lambda unknown, known: unknown | known, UNKNOWN, KNOWN)
 VALID = st.fixed_dictionaries({"name": st.sampled_from(["web", "db-1"]), "ipv4": st.sampled_from(ADDRESSES[:2])})
 REGISTRY = st.dictionaries(MACS | st.text(), ENTRY | VALID, max_size=4)
-
-
-def layouts(registry):
-    """Return a registry as JSON in every layout that a tool has: on one line, or evenly indented."""
-    for indent in (None, 0, 1, 2, 3, 4, "\t"):
-        for ensure_ascii in (True, False):
-            text = json.dumps(registry, indent=indent, ensure_ascii=ensure_ascii)
-            yield from (text, text + "\n")
 
 
 def is_registered(update, text, mac, address, hostname):
@@ -129,15 +119,14 @@ def is_registered(update, text, mac, address, hostname):
     return found
 
 
-LEASED_ADDRESSES = [address for address in ADDRESSES if not address.startswith(("fe80", "2001:db8"))]
-
-
-@given(REGISTRY, MACS, st.sampled_from(LEASED_ADDRESSES), st.sampled_from(["", *NAMES]))
+@given(REGISTRY, MACS, st.sampled_from(ADDRESSES[:6]), st.sampled_from(["", *NAMES]))
 @example({"10:66:6a:00:00:00": {"ipv4": "10.0.0.1"}}, "10:66:6a:00:00:00", "10.0.0.1", "web")  # named in no layout
 @settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 def test_look_up_says_of_no_registry_that_a_lease_is_in_it_where_it_is_not(update, registry, mac, address, hostname):
-    for text in layouts(registry):
-        is_registered(update, text, mac, address, hostname)
+    # In every layout that a tool has: on one line, or evenly indented
+    for indent, ensure_ascii, end in product((None, 0, 1, 2, 3, 4, "\t"), (True, False), ("", "\n")):
+        text = json.dumps(registry, indent=indent, ensure_ascii=ensure_ascii)
+        is_registered(update, text + end, mac, address, hostname)
 
 
 NOTE = st.text() | st.sampled_from(["}", '"}",', "ü", "\n  }"]) | st.lists(st.text(), max_size=2) | st.just({"x": {}})
@@ -187,8 +176,7 @@ def test_any_json_is_refused_or_makes_outputs_that_parse_and_say_what_it_says(pr
         base = Path(folder) / "instances"
         base.with_suffix(".json").write_text(json.dumps(registry))
         base.with_suffix(".updated").touch()
-        env = environment(base, INSTANCES_ADDRESS_SETS="web")
-        result = subprocess.run([sys.executable, PROCESS], env=env, capture_output=True, text=True)
+        result = run_script(PROCESS, base=base, INSTANCES_ADDRESS_SETS="web")
         assert "Traceback" not in result.stderr
         if not (isinstance(registry, dict) and all(isinstance(i, dict) for i in registry.values())):
             assert result.returncode == 1 and result.stderr.count("\n") == 1
