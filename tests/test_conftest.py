@@ -1,5 +1,6 @@
 """What the tests stand on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,25 +38,20 @@ def test_that_waits():
 """
 
 
-@pytest.fixture
-def start(tmp_path):
-    """A function that starts pytest with a file of tests and options, in a folder of its own, and returns it."""
+@contextlib.contextmanager
+def started(folder, text, *options):
+    """Start pytest with a file of tests and options in a folder; give the process."""
     need("ip", "setpriv")
-
-    def started(text, *options):
-        (tmp_path / "test_it.py").write_text(text)
-        command = ["env", "--default-signal", sys.executable, "-B", "-m", "pytest"]  # nohup ignores one of them
-        command += ["-p", "conftest", "-p", "no:cacheprovider", *options, tmp_path]
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        runs.append(subprocess.Popen(command, env=env, cwd=tmp_path, start_new_session=True, **pipes))
-        return runs[-1]
-
-    runs = []
-    yield started
-    for pytest_run in runs:
-        pytest_run.kill()
-        pytest_run.communicate()
+    (folder / "test_it.py").write_text(text)
+    command = ["env", "--default-signal", sys.executable, "-B", "-m", "pytest"]  # nohup ignores one of them
+    command += ["-p", "conftest", "-p", "no:cacheprovider", *options, folder]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=env, cwd=folder, start_new_session=True, **pipes) as pytest_run:
+        try:
+            yield pytest_run
+        finally:
+            pytest_run.kill()
 
 
 ENDS = [(number, "run", ()) for number in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")]
@@ -64,23 +60,21 @@ ENDS += [("SIGTERM", "run", ("-n", "1")), ("SIGKILL", "worker", ("-n", "1", "--m
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "whose", "options"), ENDS, ids=str)
-def test_run_that_is_ended_or_loses_its_worker_leaves_no_namespace_and_no_process(
-    start, tmp_path, number, whose, options
-):
+def test_run_that_is_ended_or_loses_its_worker_leaves_no_namespace_and_no_process(tmp_path, number, whose, options):
     pids = tmp_path / "pids"
-    pytest_run = start(WAITING, *options)
-    wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
-    worker = int((tmp_path / "worker").read_text())
-    os.kill(worker if whose == "worker" else pytest_run.pid, signal.Signals[number])
-    said = pytest_run.communicate(timeout=60)[0]
+    with started(tmp_path, WAITING, *options) as pytest_run:
+        wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 3, "its processes")
+        worker = int((tmp_path / "worker").read_text())
+        os.kill(worker if whose == "worker" else pytest_run.pid, signal.Signals[number])
+        said = pytest_run.communicate(timeout=60)[0]
     assert whose == "run" or "crashed" in said
     wait_for(lambda: not any(map(is_alive, pids.read_text().split())), "the end of its processes")
     wait_for(lambda: f"inst{worker}-" not in subprocess.check_output(["ip", "netns"], text=True), "no namespace")
 
 
-def test_failure_with_a_fixture_of_a_module_is_shown_and_its_namespace_goes(start):
-    pytest_run = start(FAILING, "-x")
-    said = pytest_run.communicate(timeout=60)[0]
+def test_failure_with_a_fixture_of_a_module_is_shown_and_its_namespace_goes(tmp_path):
+    with started(tmp_path, FAILING, "-x") as pytest_run:
+        said = pytest_run.communicate(timeout=60)[0]
     assert pytest_run.returncode == 1 and "INTERNALERROR" not in said
     name = said.partition("AssertionError: ")[2].split()[0]
     assert name.endswith("-failing") and name not in subprocess.check_output(["ip", "netns"], text=True)
