@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from collections import Counter
@@ -574,13 +573,12 @@ def test_cron_example_runs_it_each_minute_with_the_settings_of_the_package_and_t
     command = re.fullmatch(r"\* \* \* \* \* root (.*)", lines[-1])[1]
     device = applied.host.folder / "dev"
     device.mkdir()
-    os.mknod(device / "null", stat.S_IFCHR, os.makedev(1, 3))
+    run("mknod", device / "null", "c", "1", "3")
     applying = shlex.join([*mounted({"/dev": device}), *applied.host.applying()])
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         log.settimeout(10)
         log.bind(str(device / "log"))
-        script = f"{path}\n{command.replace('instances-apply', applying)}"
-        result = applied.host.run("env", "-i", "sh", "-c", script)
+        result = applied.host.run("env", "-i", "sh", "-c", f"{path}\n{command.replace('instances-apply', applying)}")
         while b"instances-apply: bridge.nft: loaded" not in log.recv(9999):
             pass
     assert applied.tables() == TABLES and result.stdout + result.stderr == ""
@@ -680,20 +678,17 @@ def test_names_of_the_former_release_are_taken_over_and_never_double(applied):
     wait_for(lambda: host.run("dig", "+short", "@10.83.0.1", *asked).stdout.split() == news, "news")
 
 
-CALLS = ("openat", "write", "rename", "unlink", "execve", "clone", "vfork", "mkdir", "flock", "sendto")
-
-
 def test_run_with_a_fault_at_any_system_call_is_mended_by_the_next(applied):
     applied.host.run("nft", "add table inet mine")
     applied.apply()
     address, log = iter(range(100, 250)), applied.host.folder / "strace"
-    trace = ["strace", "-qq", "-y", "-o", log, "-e", f"trace={','.join(CALLS)}"]
+    calls = "openat,write,rename,unlink,execve,clone,vfork,mkdir,flock,sendto"
 
     def traced(*options):
         applied.host.update("add", WEB[0], f"10.83.0.{next(address)}", "web")
         (applied.rules / "firewall.nft").write_text((applied.rules / "firewall.nft").read_text() + "\n")
-        command = [*trace, *options, sys.executable, str(APPLY), str(applied.settings)]
-        return applied.host.run(*mounted({"/run": applied.notes}), *command, check=False)
+        command = ["strace", "-qq", "-y", "-o", log, "-e", f"trace={calls}", *options, sys.executable, APPLY]
+        return applied.host.run(*mounted({"/run": applied.notes}), *command, applied.settings, check=False)
 
     assert traced().returncode == 0
     counts, places, ours = Counter(), [], rf"/run/|{applied.host.folder}/ins|write\(\d+<pipe|^vfork|^clone"

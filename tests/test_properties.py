@@ -16,7 +16,7 @@ from conftest import check_nft
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from lab import PROCESS, UPDATE, environment, run_script
-from test_process import sets_of
+from test_process import outputs, sets_of
 
 FIELDS = ("ipv4", "ipv6_gua", "ipv6_ula", "ipv6_lla")
 MACS = st.sampled_from([f"10:66:6a:00:00:0{n}" for n in range(4)])
@@ -183,8 +183,7 @@ def test_any_json_is_refused_or_makes_outputs_that_parse_and_say_what_it_says(pr
             assert sorted(os.listdir(folder)) == ["instances.json", "instances.lock", "instances.updated"]
             return
         assert result.returncode == 0
-        ends = (".hosts", ".nftables_chains", ".nftables_sets")
-        hosts, chains, sets = (base.with_suffix(end).read_text() for end in ends)
+        hosts, chains, sets = outputs(base).values()
         known = [(mac, field, instance.get(field)) for mac, instance in registry.items() for field in FIELDS]
         valid = [row for row in known if process.is_mac(row[0]) and is_kind(process, *row[1:])]
         ours4 = [(a, mac) for mac, field, a in valid if field == "ipv4"]
