@@ -72,9 +72,8 @@ class Shown(Host):
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     need(*PROGRAMS, "bridge")
-    host = Shown(tmp_path_factory.mktemp("shown"))
-    yield host
-    host.close()
+    with contextlib.closing(Shown(tmp_path_factory.mktemp("shown"))) as host:
+        yield host
 
 
 def test_table_has_a_line_for_each_instance(shown):
