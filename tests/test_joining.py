@@ -29,11 +29,17 @@ def in_use(client, *prefixes: str) -> bool:
 
 
 def test_first_frames_after_a_lease_pass_before_the_registry_is_in_force(guarded):
-    client = guarded.client("web", "10:66:6a:4c:a1:11")
+    """Nor does it matter that meanwhile another guest leaves the registry."""
+    client, other = guarded.client("web", "10:66:6a:4c:a1:11"), "10:66:6a:4c:a1:12"
+    guarded.update("add", other, "10.83.0.12")
+    guarded.settle()
     guarded.stop(guarded.service)
     client.dhcp4("web")
-    address = guarded.registry()[client.mac]["ipv4"]
-    assert address not in guarded.run("nft", "list", "set", "bridge", "instances", "instances_ip").stdout
+    for mac in (other, client.mac):  # the client's lease is not there yet
+        guarded.update("--remove", mac)
+    guarded.run(*guarded.applying())
+    listed = guarded.run("nft", "list", "set", "bridge", "instances", "instances_macs").stdout
+    assert client.mac not in listed and other not in listed
     assert client.pings("10.83.0.1") and not guarded.dropped(client.mac)
     guarded.run("nft", "flush", "set", "bridge", "instances", "instances_leased")
     assert not client.pings("10.83.0.1") and guarded.dropped(client.mac, "not registered")
