@@ -33,7 +33,8 @@ def load(script: Path):
     return module
 
 
-LONGEST = ["network_lead", "apply", "fuzz", "claims", "identity", "lan", "clients", "routed", "egress", "network"]
+LONGEST = ["network_lead", "apply", "fuzz", "claims", "identity", "lan", "clients", "routed", "pages", "show"]
+LONGEST += ["network", "joining", "egress"]
 
 
 @pytest.hookimpl(optionalhook=True)
