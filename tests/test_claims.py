@@ -249,12 +249,16 @@ def test_running_guest_that_is_not_registered_is_so_again_when_it_renews(bridge,
         bridge.settle()
         return not victim.pings(HOST4) and victim.mac not in host.registry()
 
+    def entered(*addresses):
+        return {*addresses} <= {*host.registry().get(victim.mac, {}).values()}
+
     wait_for(cut_off, "a guest that is cut off")
-    # With the host's MAC address forgotten, as after some time without an answer: what it sends to all gets through.
-    victim.run("ip", "neighbour", "flush", "dev", "eth0")
+    # After some time without an answer, a client asks all, from its address (RFC 2131, section 4.4.5)
+    own, rebinding = bridge.own["ipv4"], bootp(victim, "request", ciaddr=bridge.own["ipv4"])
+    rebinding[scapy.IP].src = own
+    send_until(lambda: entered(own), victim, rebinding)
     bridge.renew()
-    own = {*bridge.own.values()}
-    wait_for(lambda: own <= {*host.registry().get(victim.mac, {}).values()}, "its entry")
+    wait_for(lambda: entered(*bridge.own.values()), "its entry")
     bridge.victim_is_well()
 
 
