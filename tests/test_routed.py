@@ -502,6 +502,7 @@ def test_what_can_not_be_is_refused_in_a_line_and_changes_nothing(routed):
     for key, value in [(key, value) for key, values in REFUSED.items() for value in values]:
         file = routed.file(5, **{key: value})
         said = routed.refuses("add", file, why=f"instances-binding: error: {file}: ")  # by us, before anything is tried
+        said = said.replace(str(file), "")
         assert key in said or value and value in said, (key, value)
     routed.refuses("add", routed.file(5, IP="", SUBNET6=""), why="neither IP nor SUBNET6")
     routed.refuses("add", routed.host.folder / "missing", why="No such file or directory: ")
@@ -516,12 +517,13 @@ def test_what_can_not_be_is_refused_in_a_line_and_changes_nothing(routed):
 def test_device_in_a_bridge_gets_no_binding(routed):
     routed.guest(4, "vif4")
     routed.add(4, INDEV="vif4")
-    routed.host.ip("link set vif4 master br0")
+    routed.host.ip("link add br1 type bridge", "link set vif4 master br1")
     routed.refuses("restore", "vif4", why="vif4 is in a bridge")
     routed.remove("vif4")
     before = routed.kernel()
     routed.refuses("add", routed.file(4, INDEV="vif4"), why="vif4 is in a bridge")
     assert routed.kernel() == before
+    routed.host.ip("link delete br1")
 
 
 def test_binding_of_what_another_has_is_refused(routed):
