@@ -170,9 +170,9 @@ def test_settings_that_are_not_there_or_broken_change_nothing(applied):
         assert applied.fails(str(applied.settings)).count("\n") == 1
         assert applied.tables() == set() and not applied.names()
         applied.settings.unlink(missing_ok=True)
-    for wrong in (("a", "b"), ("",), ("--remove", "--help")):
-        result = applied.host.run(APPLY, *wrong, check=False)
-        message = f"instances-apply: error: {' '.join(wrong) or 'nothing'}: no such usage: see --help\n"
+    for words in (("a", "b"), ("",), ("--remove", "--help")):
+        result = applied.host.run(APPLY, *words, check=False)
+        message = f"instances-apply: error: {' '.join(words) or 'nothing'}: no such usage: see --help\n"
         assert (result.returncode, result.stderr) == (2, message)
 
 
@@ -333,12 +333,13 @@ def test_rules_that_are_changed_in_the_midst_of_an_update_are_in_force_in_the_en
         expected[address] = applied.state()
     for change, address in zip(CHANGES, [*expected, *expected]):
         applied.host.update("add", WEB[0], address)
-        flush = f'grep -q element "$0.in" && {{real}} {change}'
+        flush = f'grep -q element "$0.in" && {{real}} {change} && touch "$0.done"'
         load = '{real} "$@" <"$0.in"'
         script = f"{flush}; exec {load}" if when == "before" else f"{load} || exit; {flush}; true"
         nft = applied.stand_in("nft", f'cat >"$0.in"; {script}')
         applied.apply(check=False)
         nft.unlink()
+        nft.with_suffix(".done").unlink()
         applied.apply()
         assert applied.state() == expected[address] and applied.apply() == "", change
 
@@ -411,7 +412,7 @@ def test_changes_by_elements_lead_to_what_loading_leads_to(applied, update, monk
             changes = [["add", mac, address, name], ["--rename", mac, name], ["--remove", mac]]
             changes += [["--allow", mac, f"10.83.1.{chance.randrange(4)}"], ["--allow", mac, "10.99.0.0/24"]]
             update.main(chance.choice(changes))
-        applied.apply()
+        assert ": loaded" not in applied.apply()
         first = applied.state()
         if turn % 2:
             applied.boot()
