@@ -108,13 +108,13 @@ EACH = pytest.mark.parametrize("start", ["before", "changed"])
 
 @EACH
 def test_run_killed_at_any_point_loses_nothing(stages, tmp_path, start):
-    made = [all(made) for *_, made in inject(stages, start, tmp_path, CHANGING + OTHERS, KILL)]
-    assert {*made} == {True, False}
+    rows = inject(stages, start, tmp_path, CHANGING + OTHERS, KILL)
+    assert {all(made) for *_, made in rows} == {True, False}
 
 
 def test_forced_run_killed_half_way_leaves_the_marker(stages, tmp_path):
-    made = [made for *_, made in inject(stages, "unmarked", tmp_path, ("rename", "unlink"), KILL)]
-    assert any(any(made) and not all(made) for made in made)
+    rows = inject(stages, "unmarked", tmp_path, ("rename", "unlink"), KILL)
+    assert any(any(made) and not all(made) for *_, made in rows)
 
 
 @EACH

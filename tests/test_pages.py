@@ -267,9 +267,9 @@ def test_cron_page_gives_a_lease_its_name_and_guard_at_once_and_undoes_all(machi
     machine.follow("examples/cron/README.md", "instances-lease <<")
     web = machine.client("web", "10:66:6a:4c:a1:11")
     web.dhcp4("web")
-    wait_for(lambda: web.resolve("web.instance.internal", "A") == web.addresses("10"), "its name", 2)
+    wait_for(lambda: web.resolve("web.instance.internal", "A") == web.addresses("10"), "its name")
     guard = ("nft", "list", "table", "bridge", "instances")  # after the names
-    wait_for(lambda: web.addresses("10")[0] in machine.run(*guard).stdout, "its guard", 2)
+    wait_for(lambda: web.addresses("10")[0] in machine.run(*guard).stdout, "its guard")
     machine.follow("examples/cron/README.md", "instances-apply --remove")
     assert not machine.run("nft", "list", "tables").stdout and (machine.etc / "instances" / "bridge.nft").exists()
     left = [path for place in ("etc", "run", "sbin") for path in (machine.folder / place).rglob("instances*")]
