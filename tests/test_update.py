@@ -134,7 +134,7 @@ def test_unusable_or_taken_name_leaves_new_instance_unnamed_and_afterwards_witho
 
 
 @pytest.mark.parametrize(("address", "other_address", "field"), LEASES)
-def test_reminder_fills_an_empty_field_and_replaces_none_as_another_old_does(base, address, other_address, field):
+def test_reminder_fills_an_empty_field_but_replaces_no_address_as_another_old_does(base, address, other_address, field):
     write(base, {MAC: {"name": "web"} | ({field: ""} if field == "ipv4" else {})})
     lease(base, "old", MAC, address, DNSMASQ_MAC=MAC, **REMINDER)
     assert read(base)[MAC][field] == address
@@ -237,7 +237,7 @@ def test_wrong_usage_is_one_line_that_shows_it_and_exits_2(base, words):
 
 
 @pytest.mark.parametrize(("status", "actions"), [(0, "del|init|tftp|arp-add|arp-del|relay-snoop"), (2, "ad|remove|x|")])
-def test_other_action_is_ignored_without_a_byte_but_at_a_terminal_wrong_usage_if_not_dnsmasqs(base, status, actions):
+def test_other_action_is_ignored_silently_but_at_a_terminal_is_wrong_usage_unless_dnsmasq_has_it(base, status, actions):
     for action in actions.split("|"):
         for arguments in ((), (MAC, "10.0.0.1", "web")):
             assert unchanged(run, base, action, *arguments, INSTANCES_BASE_ID="/bad") == ""
@@ -334,7 +334,7 @@ def test_interrupt_is_an_error_in_one_line(base):
     assert waiting.returncode == 1 and not base.with_suffix(".json").exists()
 
 
-def test_output_that_nobody_reads_changes_nothing_but_help_whatever_follows_is_an_error_then(base):
+def test_output_that_cannot_be_written_stops_no_change_but_is_an_error_of_help(base):
     full = ("sh", "-c", 'exec "$@" >/dev/full', "sh", sys.executable)
     result = run(base, "add", MAC, "10.0.0.1", by=full)
     assert (result.returncode, result.stderr) == (0, "") and MAC in read(base)
