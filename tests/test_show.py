@@ -105,9 +105,11 @@ def sending(client, address, to="10.83.0.1"):
     """Have a guest use an address, of either version in a prefix that the host is in, and send from it."""
     client.run("ip", "address", "add", f"{address}/24", "dev", "eth0", "nodad")
     ping = client.start("ping", "-q", "-i", "0.2", "-I", address, to)
-    yield
-    client.stop(ping)
-    client.run("ip", "address", "delete", f"{address}/24", "dev", "eth0")
+    try:
+        yield
+    finally:
+        client.stop(ping)
+        client.run("ip", "address", "delete", f"{address}/24", "dev", "eth0")
 
 
 def follow_remedy(shown, said, client, address, host="10.83.0.1", name=()):

@@ -115,8 +115,8 @@ def start_bind(host, address: str, zones: dict[str, Path], second: str = "") -> 
     options = f'directory "{folder}"; pid-file none; recursion no; {listening("BIND", address)}'
     text = f"options {{ {options} notify-source {address}; allow-transfer {{ any; }}; }};\ncontrols {{ }};\n"
     for name, file in zones.items():
-        zone = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }};'
-        text += f'zone "{name}" {{ {zone} }};\n'
+        lines = f'type primary; file "{file}"; notify explicit; notify-delay 0; also-notify {{ {second} }};'
+        text += f'zone "{name}" {{ {lines} }};\n'
     (folder / "named.conf").write_text(text)
     return host.start("named", "-f", "-c", folder / "named.conf", **QUIET)
 
@@ -198,6 +198,19 @@ def test_second_server_follows_a_change_by_notify_and_axfr(host):
             assert not [row for row in transfer(host, address) if row.startswith("mail.")]
 
 
+REVERSE = {  # networks, and the pointers in their zones
+    "10.83.0.0/24=rev.example.net": {"11": "web.lan", "15": "lan.lan"},
+    "10.83.0.0/16": {"11.0": "web.lan", "15.0": "lan.lan"},
+    "10.0.0.0/8": {"11.0.83": "web.lan", "15.0.83": "lan.lan"},
+    "198.20.0.0/28": {"9": "mail.wan", "14": "ns.wan"},
+    "198.20.0.0/28=0-15.0.20.198.in-addr.arpa": {"9": "mail.wan", "14": "ns.wan"},
+    "198.20.0.9/32": {"9": "mail.wan"},
+    "2001:67c:83::/48": {".".join(f"{'11':0>20}"[::-1]): "web.wan", ".".join("00010002000300040005"[::-1]): "mail.wan"},
+    "fd83:5eed::/124": {},
+    "fd83:5eed::10/124": {"1": "web.lan", "4": "ns.lan"},
+}
+
+
 def test_reverse_zones_of_all_sizes_have_each_address_once_and_are_loaded(host):
     need("named", "named-checkzone", "nsd-checkzone", "tinydns", "tinydns-data")
     make_hosts(host.folder, REGISTRY | BAD_VALUES)
@@ -224,19 +237,6 @@ def test_reverse_zones_of_all_sizes_have_each_address_once_and_are_loaded(host):
 
     for address, name in {"10.83.0.11": "web.lan", "198.20.0.9": "mail.wan", "2001:67c:83::11": "web.wan"}.items():
         wait_for(lambda a=address, n=name: pointed("-x", a) == f"{n}.instance.example.", f"the name of {address}")
-
-
-REVERSE = {  # networks, and the pointers in their zones
-    "10.83.0.0/24=rev.example.net": {"11": "web.lan", "15": "lan.lan"},
-    "10.83.0.0/16": {"11.0": "web.lan", "15.0": "lan.lan"},
-    "10.0.0.0/8": {"11.0.83": "web.lan", "15.0.83": "lan.lan"},
-    "198.20.0.0/28": {"9": "mail.wan", "14": "ns.wan"},
-    "198.20.0.0/28=0-15.0.20.198.in-addr.arpa": {"9": "mail.wan", "14": "ns.wan"},
-    "198.20.0.9/32": {"9": "mail.wan"},
-    "2001:67c:83::/48": {".".join(f"{'11':0>20}"[::-1]): "web.wan", ".".join("00010002000300040005"[::-1]): "mail.wan"},
-    "fd83:5eed::/124": {},
-    "fd83:5eed::10/124": {"1": "web.lan", "4": "ns.lan"},
-}
 
 
 OWN = {
