@@ -69,6 +69,19 @@ def test_marker_or_force_is_needed_a_marker_is_taken_away_and_one_line_sums_up(b
     assert run(base).returncode == 10
 
 
+def test_each_kind_of_address_is_found_by_its_names_and_in_its_sets(base):
+    made = make(base, {MAC: WEB}, INSTANCES_ADDRESS_SETS="web")
+    ipv4, gua, ula, lla = (WEB[field] for field in ("ipv4", "ipv6_gua", "ipv6_ula", "ipv6_lla"))
+    kinds = {"": [ipv4, gua, ula], "v4": [ipv4], "v6": [gua, ula], "g6": [gua], "u6": [ula], "l6": [lla]}
+    lines = [line.split() for line in made.hosts.splitlines()]
+    for kind, addresses in kinds.items():
+        name = f"Web.{kind}.instance.internal".replace("..", ".")
+        assert [address for address, *names in lines if name in names] == addresses
+        if kind:
+            assert made.sets[f"all_{kind}.instance"] == made.sets[f"web.{kind}.instance"] == addresses
+    assert len(made.sets) == 2 * (len(kinds) - 1)
+
+
 @pytest.mark.parametrize("target", ["victim", "nowhere"])
 def test_marker_that_is_a_link_is_taken_away_and_truncates_nothing(base, target):
     (base.parent / "victim").write_text("precious")

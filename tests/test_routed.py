@@ -122,7 +122,7 @@ class Routed:
         texts = [self.host.run("ip", version, "-batch", "-", input=commands).stdout for version in ("-4", "-6")]
         texts += [self.host.run("sh", "-c", "grep . /proc/sys/net/ipv4/conf/*/proxy_arp").stdout, self.listing()]
         lines = "".join(texts).splitlines(keepends=True)
-        return "".join(line for line in lines if not re.search("fe80|ff00", line))
+        return "".join(line for line in lines if not re.search("fe80|ff00|table local", line))
 
     def drops(self) -> int:
         """Return how many packets the guard has dropped."""
