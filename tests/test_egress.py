@@ -390,8 +390,9 @@ class Container(Namespace):
 
     def wait_reaches(self, *names: str) -> None:
         """Wait until names answer, resolved as the container's programs do."""
-        ping = ("ping", "-n", "-c", "1", "-W", "2")
-        wait_for(lambda: all(self.inside(*ping, name).returncode == 0 for name in names), f"answers of {names}")
+        for name in names:
+            ping = ("ping", "-n", "-c", "1", "-W", "2", name)
+            wait_for(lambda p=ping: self.inside(*p).returncode == 0, f"an answer of {name}")
 
     def dnsmasq(self) -> list[int]:
         """Return the process IDs of the dnsmasqs in the container's network."""
