@@ -136,7 +136,7 @@ ping_host
 
 step "registry, names, guard"
 for guest in 1:web 2:db 3:cache; do run sh /root/guest "${guest#*:}" "0${guest%:*}"; done
-until_true 20 "leases" sh -c 'ip netns exec web ip address; bridge link; ip route; [ "$(for g in web db cache; do ip -n $g -o -4 address show eth0; done | wc -l)" -eq 3 ]'
+until_true 60 "leases" sh -c 'tail /run/*.udhcpc; bridge link; ip route; [ "$(for g in web db cache; do ip -n $g -o -4 address show eth0; done | wc -l)" -eq 3 ]'
 follow examples/lan/README.md 'apt-get install'
 until_true 10 "the program" systemctl is-active instances-snoop
 follow examples/lan/README.md 'bridge fdb'
