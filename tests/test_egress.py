@@ -380,7 +380,7 @@ class Container(Namespace):
         super().__init__("box")
         outside.connect(self, "eth0", f"192.0.3.{100 + outside.ports}/24")
         (folder / "etc").mkdir()
-        (folder / "etc" / "resolv.conf").write_text("nameserver 192.0.3.53\noptions timeout:1 attempts:1\n")
+        (folder / "etc" / "resolv.conf").write_text("nameserver 192.0.3.53\noptions timeout:2 attempts:4\n")
         self.first = self.start(*mounted({"/etc": folder / "etc"}), "sleep", "600")
         self.pid = str(self.first.pid)
         wait_for(lambda: process_file(self.pid, "cmdline").startswith("sleep"), "the container")
