@@ -79,7 +79,7 @@ def cluster(tmp_path_factory):
 
 def ask(client, *question) -> list[str]:
     """Return host a's answers to a question of one of its guests."""
-    return client.run("dig", "+short", "+timeout=2", "+tries=1", "@10.84.1.1", *question, check=False).stdout.split()
+    return client.run("dig", "+short", "+timeout=5", "+tries=1", "@10.84.1.1", *question, check=False).stdout.split()
 
 
 def test_names_resolve_and_guests_reach_each_other_across_hosts(cluster):

@@ -480,7 +480,7 @@ def test_egress_example_guards_one_container_by_itself_and_tells_systemd_when_it
     assert not container.pings("192.0.3.80", "-W0.5"), "nobody has resolved it yet"
     container.wait_reaches("good.example")
     assert not container.pings("192.0.3.81", "-W0.5")
-    other = container.inside("dig", "+short", "+timeout=1", "+tries=1", "@192.0.3.80", "good.example").stdout
+    other = container.inside("dig", "+short", "+timeout=9", "+tries=1", "@192.0.3.80", "good.example").stdout
     assert other == "192.0.3.80\n", "whichever resolver is asked, it is ours that answers"
     assert container.dnsmasq() and guard.stop(started) == 0 and container.dnsmasq() == []
     assert not container.pings("192.0.3.81", "-W0.5"), "it stays closed"

@@ -72,7 +72,7 @@ def test_each_host_answers_its_own_guests_for_names(followers):
     for case in itertools.product(followers.guests, ("10.83.0.2", "fd83:5eed::2"), ("+notcp", "+tcp")):
         wait_for(lambda case=case: asks(*case).stdout.split() == [address], f"a name for {case[0].label}, {case[1:]}")
     followers.hosts[2].names.send_signal(signal.SIGSTOP)  # only its own guest is without
-    answers = [asks(guest, "10.83.0.2", "+timeout=1", "+tries=1").returncode for guest in followers.guests]
+    answers = [asks(guest, "10.83.0.2", "+timeout=5", "+tries=1").returncode for guest in followers.guests]
     followers.hosts[2].names.send_signal(signal.SIGCONT)
     assert answers == [0, 0, 9]
 

@@ -155,10 +155,10 @@ def routed(lasting):
 def test_dnsmasq_leaves_loopback_to_another_resolver_and_does_not_ask_it_about_its_own_networks(routed):
     host, log = routed.host, routed.host.folder / "asked"
     host.hear(log, "::ffff:127.0.0.1", 53)
-    ask = ("dig", "+timeout=1", "+tries=1", "@10.85.0.1")
+    ask = ("dig", "+tries=1", "@10.85.0.1")
     for address in ("10.85.0.99", "2001:67c:85::99"):
         assert "NXDOMAIN" in host.run(*ask, "-x", address).stdout
-    host.run(*ask, "-x", "192.0.2.99", check=False)
+    host.run(*ask, "+timeout=1", "-x", "192.0.2.99", check=False)
     wait_for(lambda: "\\x0299\\x012\\x010\\x03192" in log.read_text(), "a question about another network")
     assert log.read_text().count("in-addr") == 1 and "ip6" not in log.read_text()
 
