@@ -115,6 +115,10 @@ class Lan:
         """Return in which prefixes the guard lets guests make addresses."""
         return self.host.run("nft", "list", "set", "bridge", "instances", "instances_prefixes").stdout
 
+    def wait_prefix(self) -> None:
+        """Wait for PREFIX: what is announced for the first time is in force a moment after guests hear it."""
+        wait_for(lambda: "0x2001067c00830000" in self.prefixes(), "the prefix")
+
     def close(self) -> None:
         self.host.close()
         self.switch.close()
@@ -148,8 +152,8 @@ def test_guests_are_registered_by_their_own_clients_and_the_lan_s_machines_are_n
     names, options, used = ROUTERS[router]
     need(*(PROGRAMS_OF[name][1] for name in names))
     lan.serve(*options)
-    if SLAAC in options:  # what is announced for the first time is in force a moment after guests hear it
-        wait_for(lambda: "0x2001067c00830000" in lan.prefixes(), "the prefix")
+    if SLAAC in options:
+        lan.wait_prefix()
     guests, machine = [Guest(lan.host, name) for name in names], lan.switch.client("laptop", "10:66:6a:4c:a1:04")
     clients = [machine, *(guest.client for guest in guests)]
     for guest in guests:
@@ -377,7 +381,7 @@ def test_networkd_is_a_router_too(lan):
     commands += f"; mount -o remount,ro /sys; SYSTEMD_LOG_TARGET=console exec {NETWORKD}"
     with open(lan.router.folder / "networkd.log", "w") as log:
         lan.server = lan.router.start("unshare", "--mount", "sh", "-ec", commands, config, stdout=log, stderr=log)
-    wait_for(lambda: "0x2001067c00830000" in lan.prefixes(), "the prefix")
+    lan.wait_prefix()
     guest = lan.guest()
     guest.dhcp4("web")
     in_use(guest, "10.83", "2001")
