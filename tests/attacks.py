@@ -159,10 +159,9 @@ class Guarded:
         ]
         others = {a for m, i in self.registry.items() if m != attacker.mac for a in i.values()}
         found += [f"stolen: {a}" for a in others.intersection(now.get(attacker.mac, {}).values()) if a]
-        # Of a lease: who has it, and when it ends at the earliest
-        leases = {
-            tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.leases.read_text().splitlines()) if w[4:]
-        }
+        # Of a lease: who has it, and when it ends at the earliest. While dnsmasq writes its file anew, that is empty.
+        listed = wait_for(self.leases.read_text, "leases").splitlines()
+        leases = {tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, listed) if w[4:]}
         before = {tuple(w[1:3] + w[4:]): int(w[0]) for w in map(str.split, self.expected.splitlines()) if w[4:]}
         found += [f"ends early: {k}" for k, end in before.items() if leases.get(k, 0) < end and k[0] != attacker.mac]
         found += [f"new: {k}" for k in {*leases} - {*before} if ":" in k[0] and k[0] != attacker.mac]
