@@ -285,11 +285,13 @@ chain instances_drop_self_made {
     goto instances_drop_stranger
 }
 # Of who is not registered, the reason is the worst that it does. What systems send to all while they start, such as
-# multicast DNS, is not held against them, nor the use of a lease that is not registered yet.
+# multicast DNS, is not held against them, nor an answer that a former address is no longer theirs (Linux sends it when
+# a neighbour still probes for that), nor the use of a lease that is not registered yet.
 chain instances_drop_stranger {
     jump instances_drop_query
     jump instances_drop_rogue
     meta l4proto 17 ip6 daddr ff00::/8 goto instances_verdict
+    icmpv6 type destination-unreachable goto instances_verdict
     meta protocol ip6 ether saddr @instances_joining goto instances_verdict
     goto instances_reason_not_registered
 }

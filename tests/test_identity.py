@@ -231,6 +231,7 @@ def stray(bridge, attacker):
             "UDP to ff02::1:2, from another port": ("", datagram(a, own_lla, everyone6, 548, 549)),
             "UDP to a guest": ("not registered", datagram(a, own_lla, lla)),
             "multicast DNS": ("", datagram(a, "fe80::8099:e2ff:5d8a:66", "ff02::fb", 5353, 5353)),
+            "answer to a probe for a former address": ("", ip6(a, EVERYONE, lla) / scapy.ICMPv6DestUnreach(code=3)),
         }
         return joining | rows
     fragment = scapy.IPv6ExtHdrFragment(nh=60, offset=0, m=1) / scapy.IPv6ExtHdrDestOpt(nh=17)

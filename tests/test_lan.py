@@ -173,8 +173,6 @@ def test_guests_are_registered_by_their_own_clients_and_the_lan_s_machines_are_n
         for client in clients:  # first, or what it sends meanwhile is dropped, and counted in the next test
             leave(client)
             lan.host.update("--remove", client.mac)
-        for machine in (lan.router, lan.host):  # a guest that starts would answer their probes for its former address
-            machine.run("ip", "neighbour", "flush", "all")
 
 
 TARGETS = {  # addresses that an attacker wants, and the reasons why its frames are dropped
