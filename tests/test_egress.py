@@ -495,7 +495,7 @@ def test_egress_example_asks_only_for_names_that_a_container_may_reach_and_opens
     script += " dig +time=1 +tries=1 $question $kind @192.0.3.53; done; done"
     asking = ("setpriv", "--reuid=65534", "--clear-groups", "sh", "-c", script)
     container.inside(*asking, "secret1")
-    assert "secret1.bad.example" in outside.log() and "secret1 " in outside.log()
+    wait_for(lambda: "secret1.bad.example" in outside.log() and "secret1 " in outside.log(), "both questions")
     names = {f"s{number}.good.example": address for number, address in enumerate(SPECIAL)}
     container.wait_reaches(*names)
     started = guard.start(container.pid)
@@ -663,7 +663,7 @@ def test_egress_example_lets_a_container_of_docker_have_services_of_its_network(
         behind = re.search(r"-p udp .*--to-destination 127\.0\.0\.11:(\d+)", rules)[1]
         docker.ask("docker1.bad.example")
         docker.ask("docker2.bad.example", "-p", behind)
-        assert "docker1" in outside.log() and "docker2" in outside.log()
+        wait_for(lambda: "docker1" in outside.log() and "docker2" in outside.log(), "both questions")
         wait_for(lambda: docker.connects("cache") and docker.connects("db"), "the services")
         (guard.egress.lists / "private").write_text("db\n")
         started = guard.start(docker.pid, "192.0.3.53", "127.0.0.11")
