@@ -225,8 +225,7 @@ def test_new_client_gets_and_renews_its_leases_and_reaches_all_behind_the_guard(
     wait_for(lambda: client.resolve("late.v4.instance.internal", "A"), "the new name")
     wait_for(lambda: all(client.addresses(prefix) for prefix in ("10", "2001", "fd83", "fe80")), "its addresses")
     for node, other in ((client, bridge.victim), (bridge.victim, client)):
-        for address in other.addresses():
-            node.run("ping", "-n", "-c", "1", "-W", "5", address + ("%eth0" if address.startswith("fe80") else ""))
+        node.wait_pings(*(a + "%eth0" * a.startswith("fe80") for a in other.addresses()))
     for kind, subdomain in (("A", "v4"), ("AAAA", "g6"), ("AAAA", "u6"), ("AAAA", "l6")):
         assert client.resolve(f"victim.{subdomain}.instance.internal", kind)
     lease4.send_signal(signal.SIGUSR1)
