@@ -327,7 +327,8 @@ class Client(Namespace):
 
     def resolve(self, name: str, kind: str) -> list[str]:
         """Return the addresses that dnsmasq tells this client for a name."""
-        return self.run("dig", "+short", "+timeout=2", "@10.83.0.1", name, kind).stdout.split()
+        lines = self.run("dig", "+short", "+timeout=2", "@10.83.0.1", name, kind).stdout.splitlines()
+        return [line for line in lines if not line.startswith(";")]  # which tells of a try that was in vain
 
 
 class Host(Namespace):

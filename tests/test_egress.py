@@ -503,7 +503,7 @@ def test_egress_example_asks_only_for_names_that_a_container_may_reach_and_opens
     container.wait_reaches("good.example")
     assert "secret2" not in outside.log(), "not by dnsmasq's user either"
     for name, address in names.items():
-        assert container.inside("dig", "+short", name, "A", name, "AAAA").stdout == f"{address}\n"
+        assert container.inside("dig", "+short", "+timeout=9", name, "A", name, "AAAA").stdout == f"{address}\n"
     listing = container.run("nft", "list", "table", "inet", "egress").stdout
     assert all(address in listing for address in SPECIAL), "by dnsmasq's word they are allowed"
     assert not any(container.pings(address, "-W0.5") for address in SPECIAL)

@@ -97,7 +97,7 @@ def run_commands(commands: str, folder: Path) -> None:
 
 def ask(client, server: str, *question: str) -> list[str]:
     """Return what a server answers to a client."""
-    command = ("dig", "+short", "+norecurse", "+timeout=1", "+tries=1", f"@{server}", *question)
+    command = ("dig", "+short", "+norecurse", "+timeout=9", "+tries=1", f"@{server}", *question)
     return sorted(client.run(*command, check=False).stdout.split())
 
 
@@ -145,7 +145,7 @@ def start_knot(host, address: str, file: Path | str, zone: str = "", rest: str =
 
 def transfer(host, address: str) -> set[str]:
     """Return all address records of a server's zone, "NAME TYPE ADDRESS"."""
-    command = ["dig", "+noall", "+answer", "+timeout=1", "+tries=1", f"@{address}", "instance.example", "AXFR"]
+    command = ["dig", "+noall", "+answer", "+timeout=9", "+tries=1", f"@{address}", "instance.example", "AXFR"]
     rows = [line.split() for line in host.run(*command, check=False).stdout.splitlines()]
     return {f"{row[0]} {row[3]} {row[4]}" for row in rows if len(row) == 5 and row[3] in ("A", "AAAA")}
 
