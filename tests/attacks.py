@@ -81,6 +81,11 @@ class Guarded:
         self.addresses6 = [self.own["ipv6_gua"], self.own["ipv6_ula"]]
         self.iaid, self.duid = next((int(r[1]), octets(r[4])) for r in rows if r[2:3] == self.addresses6[:1])
 
+    def hold(self) -> None:
+        """Keep the service off until the pause is closed: where a rule is missing, it would load all anew."""
+        self.pause.close()
+        fcntl.flock(self.pause.enter_context(open(f"{self.host.base}.updated.service", "a")), fcntl.LOCK_EX)
+
     def settle(self) -> None:
         """Do the service's work, so that it has none to do afterwards."""
         self.pause.close()
@@ -107,24 +112,23 @@ class Guarded:
         """Put all back as it was, with the guard or without, without one of dnsmasq's options, with another script."""
         host, marker = self.host, Path(f"{self.host.base}.updated")
         host.stop_dnsmasq(at_once=True)
-        self.pause.close()
-        with open(f"{marker}.service", "a") as service:
-            fcntl.flock(service, fcntl.LOCK_EX)  # its own lock: it does nothing meanwhile
-            self.expected = leases or self.was
-            self.leases.write_text(self.expected)
-            Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
-            self.rules.unlink(missing_ok=True)
-            host.write_settings()
+        self.hold()
+        self.expected = leases or self.was
+        self.leases.write_text(self.expected)
+        Path(f"{host.base}.json").write_text(json.dumps(self.registry, indent=2) + "\n")
+        self.rules.unlink(missing_ok=True)
+        host.write_settings()
+        if guard:
+            self.rules.write_text(self.text)
+        if guard and not marker.exists() and self.state() == self.expected_state:
+            host.run("nft", "\n".join(f"flush set bridge instances {name}" for name in self.learned))
+        else:
+            host.run("nft", "table bridge instances; delete table bridge instances")
             if guard:
-                self.rules.write_text(self.text)
-            if guard and not marker.exists() and self.state() == self.expected_state:
-                host.run("nft", "\n".join(f"flush set bridge instances {name}" for name in self.learned))
-            else:
-                host.run("nft", "table bridge instances; delete table bridge instances")
-                if guard:
-                    marker.touch()
-                    host.run(*host.applying())
-                    self.expected_state = self.state()
+                marker.touch()
+                host.run(*host.applying())
+                self.expected_state = self.state()
+        self.pause.close()
         host.run("ip", "neighbour", "flush", "all")
         assert f"\n{option}\n" in self.config + "\n\n"
         config = host.folder / "now.conf"
@@ -134,12 +138,12 @@ class Guarded:
 
     def guard(self, on: bool) -> None:
         """Load the guard, with nothing learned, or take its rules away, but not its hooks, and keep the service off."""
-        self.pause.close()
-        if not on:
-            fcntl.flock(self.pause.enter_context(open(f"{self.host.base}.updated.service", "a")), fcntl.LOCK_EX)
+        self.hold()
         lines = [f'include "{self.rules}"', *(f"flush set bridge instances {name}" for name in self.learned)]
         lines += [] if on else [f"flush chain bridge instances at_{hook}" for hook in ("prerouting", "forward")]
         self.host.run("nft", "-f", "-", input="\n".join(lines))
+        if on:
+            self.pause.close()
 
     def log(self) -> str:
         """Return what dnsmasq has logged since all was put back."""
@@ -209,13 +213,16 @@ class Guarded:
         assert self.host.dropped(attacker.mac) == before + 1
 
     @contextlib.contextmanager
-    def without(self, chain: str, rule: str = ""):
-        """Take a chain's rules with this in their listing out of the guard, and load it again afterwards."""
-        self.host.take_out(chain, rule)
+    def without(self, chain: str, *texts: str):
+        """Take a chain's rules, or those with these in their listing, out of the guard; load it again afterwards."""
+        self.hold()
+        for text in texts or ("",):
+            self.host.take_out(chain, text)
         try:
             yield
         finally:
             self.host.run("nft", "-f", self.rules)
+            self.pause.close()
 
 
 def send_until(effect, attacker, *frames, ring: bool = False) -> None:

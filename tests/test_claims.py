@@ -188,7 +188,7 @@ def test_link_local_address_of_the_host_cannot_be_claimed(bridge, attacker):
             victim.wait_pings(f"{HOSTS_OWN}%eth0")
             bridge.is_dropped(reason, attacker, frame)
             assert victim.neighbour(HOSTS_OWN) == host.mac
-            with bridge.without(chain, "@instances_taken6"), bridge.without(chain, "@instances_elsewhere_used"):
+            with bridge.without(chain, "@instances_taken6", "@instances_elsewhere_used"):
                 send_until(lambda: victim.neighbour(HOSTS_OWN) == attacker.mac, attacker, frame)
     finally:
         host.run("ip", "address", "flush", "dev", "br0", "to", HOSTS_OWN)
