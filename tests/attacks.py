@@ -82,7 +82,7 @@ class Guarded:
         self.iaid, self.duid = next((int(r[1]), octets(r[4])) for r in rows if r[2:3] == self.addresses6[:1])
 
     def hold(self) -> None:
-        """Keep the service off until the pause is closed: where a rule is missing, it would load all anew."""
+        """Keep the service off until the pause is closed: where a rule is missing, it loads all, and counts anew."""
         self.pause.close()
         fcntl.flock(self.pause.enter_context(open(f"{self.host.base}.updated.service", "a")), fcntl.LOCK_EX)
 
